@@ -1,0 +1,327 @@
+"""The E(3)-equivariant message-passing encoder that force field and backmapper share.
+
+NequIP-like (Batzner et al., Nat. Commun. 13, 2453, 2022), arranged for few and large operations: a
+feature is stored as (components, channels, sites, replicas), so that a tensor product with all its
+paths is one product with a constant matrix of e3nn's Wigner 3j symbols, and inner loops are long.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+from e3nn import o3
+from torch import Tensor, nn
+
+from ccg_ase.exact import ExactConstants
+from ccg_ase.graph import MAX_BOND_CLASS
+
+_SOFT_A = 1e-6  # keeps directions finite for coincident beads
+_LEAST_SPREAD_A = 1e-3
+_N_CLASSES = MAX_BOND_CLASS + 1
+# Typical mean and spread (Å) of distances by bond class (0: far), until statistics are set.
+_DEFAULT_DISTANCES = ((6.0, 3.0), (1.5, 0.1), (2.5, 0.2), (3.4, 0.5), (4.5, 1.0))
+
+
+class Encoder(nn.Module):
+    """Equivariant features of every bead from its surroundings.
+
+    Features hold 0e, 0o, 1o, 1e, ... up to `l_max`, with `channels` of each. Both parities are
+    there, so that mirror images differ in the sign of odd scalars (0o).
+
+    Parameters
+    ----------
+    n_types
+        Number of site types; parameters are shared by type.
+    channels
+        Multiplicity of every irrep.
+    l_max
+        Highest angular momentum of features and spherical harmonics.
+    n_layers
+        Number of message-passing layers. Odd scalars need two.
+    n_radial
+        Number of Bessel functions.
+    cutoff_A
+        Distance in Å at which messages vanish, with two continuous derivatives.
+    mean_neighbours
+        Messages are divided by its square root, to keep features of order one.
+    """
+
+    def __init__(
+        self,
+        n_types: int,
+        *,
+        channels: int = 16,
+        l_max: int = 1,
+        n_layers: int = 2,
+        n_radial: int = 8,
+        cutoff_A: float = 12.0,
+        mean_neighbours: float = 4.0,
+    ):
+        super().__init__()
+        if min(n_types, channels, n_layers, n_radial) < 1 or l_max < 0 or not cutoff_A > 0:
+            raise ValueError(
+                "Encoder needs n_types, channels, n_layers, n_radial >= 1, l_max >= 0, cutoff_A > 0"
+            )
+        harmonics = [o3.Irrep(k, (-1) ** k) for k in range(l_max + 1)]
+        hidden = [o3.Irrep(k, p) for k in range(l_max + 1) for p in (1, -1)]
+        hidden = hidden if l_max else harmonics  # without vectors, odd scalars can't arise
+        self.irreps_out = o3.Irreps([(channels, irrep) for irrep in hidden])
+        self.n_scalars = sum(irrep.l == 0 for irrep in hidden)
+        self.n_types, self.channels, self.cutoff_A = n_types, channels, float(cutoff_A)
+
+        self.harmonics = _Harmonics(harmonics)
+        self.embedding = nn.Parameter(torch.randn(n_types, channels))
+        features, layers = [o3.Irrep("0e")], []
+        for _ in range(n_layers):
+            layers.append(_Layer(features, harmonics, hidden, channels, mean_neighbours))
+            features = hidden
+        self.layers = nn.ModuleList(layers)
+        self.radial = _Radial(
+            n_types, n_radial, self.cutoff_A, [len(layer.paths) * channels for layer in layers]
+        )
+        self.to(torch.get_default_dtype())
+
+    def features(self, positions: Tensor, types: Tensor, edges: Tensor, bonded: Tensor) -> Tensor:
+        """Encode as `forward` does, but return (components, channels, n, B), scalars first."""
+        source, target = edges[0], edges[1]
+        x = positions.permute(2, 1, 0)
+        vectors = x.index_select(1, source) - x.index_select(1, target)
+        r = torch.linalg.vector_norm(vectors, dim=0, keepdim=True) + _SOFT_A
+        inverse_r = r.reciprocal()
+        # (1 - x²)³ reaches zero at the cut-off with two continuous derivatives.
+        switch = (1 - (r * r) * self.cutoff_A**-2).relu() ** 3
+        harmonics = (self.harmonics(vectors * inverse_r) * switch).unsqueeze(1)
+        radials = self.radial(r, inverse_r, types[source], types[target], bonded)
+        features = self.embedding[types].T[None, :, :, None].expand(-1, -1, -1, len(positions))
+        for layer, radial in zip(self.layers, radials, strict=True):
+            weights = radial.view(len(layer.paths), self.channels, *r.shape[1:])
+            features = layer(features, harmonics, weights, source, target)
+        return features
+
+    def forward(self, positions: Tensor, types: Tensor, edges: Tensor, bonded: Tensor) -> Tensor:
+        """Encode a batch of replicas of one system.
+
+        Parameters
+        ----------
+        positions
+            Å, shape (B, n, 3).
+        types
+            Type index of each site, shape (n,).
+        edges
+            (source, target) of each message, shape (2, E), see `graph.all_pairs`.
+        bonded
+            Bond-distance class 0 to 4 of each edge, shape (E,), see `graph.bond_classes`.
+
+        Returns
+        -------
+        Tensor
+            Features of irreps `irreps_out`, shape (B, n, irreps_out.dim).
+        """
+        features = self.features(positions, types, edges, bonded).permute(3, 2, 1, 0)
+        blocks = features.split([irrep.dim for _, irrep in self.irreps_out], dim=-1)
+        return torch.cat([block.flatten(-2) for block in blocks], dim=-1)
+
+    def set_distance_statistics(
+        self, mean: Tensor, std: Tensor, types: Tensor, edges: Tensor, bonded: Tensor
+    ) -> None:
+        """Set what counts as a typical distance, by bond class and types of the two ends.
+
+        Bonds move by hundredths of an Å, which no smooth radial basis resolves; standardised
+        distances make them visible.
+
+        Parameters
+        ----------
+        mean, std
+            Mean and standard deviation of each edge's length in Å, shape (E,). Edges that share
+            class and types are pooled.
+        types, edges, bonded
+            As in `forward`.
+        """
+        keys = torch.stack([bonded, types[edges[0]], types[edges[1]]])
+        for key in keys.unique(dim=1).T:
+            alike = (keys == key[:, None]).all(0)
+            centre = mean[alike].mean()
+            variance = (std[alike] ** 2).mean() + ((mean[alike] - centre) ** 2).mean()
+            self.radial.set_typical(tuple(key), centre, variance.sqrt())
+
+
+class _Harmonics(nn.Module):
+    """Spherical harmonics of unit vectors (3, ...) by recursion: Yₗ ∝ Yₗ₋₁ ⊗ Y₁.
+
+    Those of `e3nn.o3.spherical_harmonics` in component normalisation, in a third of its calls.
+    """
+
+    def __init__(self, harmonics: list[o3.Irrep]):
+        super().__init__()
+        self.l_max = harmonics[-1].l
+        self.steps, self.norms = nn.ModuleList(), []
+        direction = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
+        values = o3.spherical_harmonics(
+            list(range(self.l_max + 1)), direction, normalize=False, normalization="component"
+        ).split([irrep.dim for irrep in harmonics])
+        for k in range(2, self.l_max + 1):
+            step = _Coupling([harmonics[k - 1]], [harmonics[1]], [harmonics[k]])
+            product = step(values[k - 1][:, None], values[1][:, None])[:, 0]
+            self.steps.append(step)
+            self.norms.append(((product @ values[k]) / (product @ product)).item())
+
+    def forward(self, units: Tensor) -> Tensor:
+        values = [torch.ones_like(units[:1])]
+        if self.l_max:
+            values.append(units * math.sqrt(3.0))
+        for step, norm in zip(self.steps, self.norms, strict=True):
+            values.append(step(values[-1], values[1]) * norm)
+        return torch.cat(values)
+
+
+class _Radial(nn.Module):
+    """Weights of every tensor-product path from distance, bond class and types of an edge."""
+
+    def __init__(self, n_types: int, n_radial: int, cutoff_A: float, sizes: list[int]):
+        super().__init__()
+        width = 4 * n_radial
+        self.sizes = sizes
+        starts = (0, _N_CLASSES, _N_CLASSES + n_types)
+        self.static = nn.Parameter(torch.randn(_N_CLASSES + 2 * n_types, width) / math.sqrt(3))
+        self.hidden = nn.Linear(n_radial + 1, width)
+        self.out = nn.Linear(width, sum(sizes))
+        # Inputs are sin(kπr/r_c)/r and a distance within ±1 of four standard deviations: bring
+        # them to order one.
+        nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(n_radial + 1))
+        with torch.no_grad():
+            self.hidden.weight *= torch.tensor([cutoff_A / 4] * n_radial + [4.0])
+        nn.init.normal_(self.out.weight, std=1 / math.sqrt(width))
+        self.register_buffer("typical", torch.zeros(_N_CLASSES, n_types, n_types, 2))
+        for bond_class, (mean, std) in enumerate(_DEFAULT_DISTANCES):
+            self.set_typical(bond_class, torch.tensor(mean), torch.tensor(std))
+        frequencies = torch.arange(1, n_radial + 1) * (math.pi / cutoff_A)
+        self.register_buffer("frequencies", frequencies[:, None], persistent=False)
+        self.register_buffer("starts", torch.tensor(starts)[:, None], persistent=False)
+
+    def set_typical(self, key, mean: Tensor, std: Tensor) -> None:
+        """Store mean and spread of the distances in Å of one kind of edge, as tanh takes them."""
+        width = 4 * std.clamp(min=_LEAST_SPREAD_A)
+        self.typical[key] = torch.stack([-mean / width, 1 / width]).to(self.typical)
+
+    def forward(
+        self, r: Tensor, inverse_r: Tensor, source: Tensor, target: Tensor, bonded: Tensor
+    ) -> list[Tensor]:
+        """Map distances (1, E, B) to weights (size, E * B) for every size."""
+        shift, slope = self.typical[bonded, source, target].T.unsqueeze(-1)
+        # Bounded, so that a torn bond stays within the learned range.
+        standardised = torch.addcmul(shift, r, slope).tanh()
+        bessel = (self.frequencies * r.flatten()).sin() * inverse_r.flatten()
+        rows = torch.stack([bonded, source, target]) + self.starts
+        static = self.static[rows].sum(0).T.unsqueeze(-1)
+        inputs = torch.cat([bessel, standardised.flatten(1)])
+        hidden = linear(self.hidden, inputs).view(len(static), *r.shape[1:]) + static
+        return linear(self.out, nn.functional.silu(hidden).flatten(1)).split(self.sizes)
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer to the first dimension of x, shape (features, N)."""
+    return torch.addmm(layer.bias.unsqueeze(1), layer.weight, x)
+
+
+class _Layer(nn.Module):
+    """One step: sum messages over neighbours, mix channels, multiply mixtures, gate."""
+
+    def __init__(self, features, harmonics, hidden, channels: int, mean_neighbours: float):
+        super().__init__()
+        reachable = [k for k in hidden if any(k in i * j for i, j in product(features, harmonics))]
+        self.message = _Coupling(features, harmonics, reachable, 1 / math.sqrt(mean_neighbours))
+        self.square = _Coupling(reachable, reachable, hidden)
+        self.paths = self.message.paths
+        self.missing = _dim(reachable) - _dim(features)
+
+        std = 1 / math.sqrt(2 * channels)
+        self.mix = nn.Parameter(std * torch.randn(len(reachable), 2 * channels, channels))
+        self.keep = nn.Parameter(std * torch.randn(len(features), 2 * channels, channels))
+        # The second factor starts at one: features pass on linearly, products come on top.
+        self.bias = nn.Parameter(torch.cat([torch.zeros(channels), torch.ones(channels)]))
+        self.gate = nn.Linear(channels, len(hidden) * channels)
+        for name, irreps in (("mix", reachable), ("keep", features), ("gate", hidden)):
+            owner = torch.repeat_interleave(torch.tensor([irrep.dim for irrep in irreps]))
+            self.register_buffer(f"{name}_irrep", owner, persistent=False)
+
+    def forward(
+        self, x: Tensor, harmonics: Tensor, weights: Tensor, source: Tensor, target: Tensor
+    ) -> Tensor:
+        _, channels, n, batch = x.shape
+        messages = self.message.paths_of(x.index_select(2, source), harmonics)
+        messages = messages * weights.index_select(0, self.message.row_path)
+        summed = messages.new_zeros(len(messages), channels, n, batch)
+        summed = self.message.gather(summed.index_add(2, target, messages))
+
+        keep = self.keep.index_select(0, self.keep_irrep)
+        mix = self.mix.index_select(0, self.mix_irrep)
+        bias = nn.functional.pad(self.bias[None, :, None], (0, 0, 0, 0, 0, len(keep) - 1))
+        old = torch.baddbmm(bias, keep, x.flatten(2))
+        if self.missing:  # old features come first among those that messages reach
+            old = nn.functional.pad(old, (0, 0, 0, 0, 0, self.missing))
+        left, right = torch.baddbmm(old, mix, summed.flatten(2)).split(channels, dim=1)
+        squared = self.square(left, right)
+        gate = linear(self.gate, squared[0]).sigmoid().view(-1, *squared.shape[1:])
+        return (squared * gate.index_select(0, self.gate_irrep)).view(-1, channels, n, batch)
+
+
+class _Coupling(ExactConstants):
+    """Tensor product left ⊗ right -> out, channel by channel, as one constant matrix.
+
+    Its rows are the components of every path (i, j, k); `gather` adds up those of equal k. Entries
+    are e3nn's Wigner 3j symbols in component normalisation, times `scale`.
+    """
+
+    def __init__(
+        self,
+        left: list[o3.Irrep],
+        right: list[o3.Irrep],
+        out: list[o3.Irrep],
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        self.paths = [p for p in product(left, right, out) if p[2] in p[0] * p[1]]
+        blocks, row_path, row_out = [], [], []
+        for path, (i, j, k) in enumerate(self.paths):
+            symbol = o3.wigner_3j(i.l, j.l, k.l, dtype=torch.float64).permute(2, 0, 1)
+            fan_in = sum(other[2] == k for other in self.paths)
+            block = torch.zeros(k.dim, _dim(left), _dim(right), dtype=torch.float64)
+            block[:, _slice(left, i), _slice(right, j)] = symbol * math.sqrt(k.dim / fan_in)
+            blocks.append(block.flatten(1))
+            row_path += [path] * k.dim
+            row_out += range(_slice(out, k).start, _slice(out, k).stop)
+        matrix = torch.cat(blocks)
+        summing = torch.zeros(_dim(out), len(row_out), dtype=torch.float64)
+        summing[row_out, range(len(row_out))] = scale
+        self.register_exact("matrix", matrix)
+        self.register_exact("summing", summing)
+        self.register_exact("dense", summing @ matrix)
+        self.register_buffer("row_path", torch.tensor(row_path), persistent=False)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Multiply (I, ...) with (J, ...), broadcast, to (K, ...)."""
+        return self._product(self.dense, left, right)
+
+    def paths_of(self, left: Tensor, right: Tensor) -> Tensor:
+        """Multiply as `forward`, but keep the paths apart: (rows, ...)."""
+        return self._product(self.matrix, left, right)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Add up the paths that lead to the same components."""
+        return (self.summing @ rows.flatten(1)).view(len(self.summing), *rows.shape[1:])
+
+    @staticmethod
+    def _product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        outer = left.unsqueeze(1) * right.unsqueeze(0)
+        return (matrix @ outer.flatten(0, 1).flatten(1)).view(len(matrix), *outer.shape[2:])
+
+
+def _dim(irreps: list[o3.Irrep]) -> int:
+    return sum(irrep.dim for irrep in irreps)
+
+
+def _slice(irreps: list[o3.Irrep], irrep: o3.Irrep) -> slice:
+    start = _dim(irreps[: irreps.index(irrep)])
+    return slice(start, start + irrep.dim)

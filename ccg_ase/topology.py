@@ -1,0 +1,170 @@
+"""Topology: names, masses and bonds of n sites, which are atoms or beads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components, shortest_path
+
+UNREACHABLE = 1_000_000
+"""Bond distance given to two sites that no path of bonds connects."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Topology:
+    """Everything about n sites (atoms or beads) that isn't a position.
+
+    Parameters
+    ----------
+    names
+        Site names, e.g. ``("C", "N", "CA")``.
+    masses
+        Masses in Da, shape (n,), positive.
+    types
+        Site types; sites of one type share network parameters. Default ``"{resname}:{name}"``.
+    elements
+        Chemical symbols; default ``"X"``, which stands for a bead.
+    resnames, resids, segids
+        Residue name and number, and segment name, of each site. Defaults ``"MOL"``, 1, ``""``.
+    bonds
+        Bonded pairs of site indices, shape (m, 2). Stored with i < j, sorted and unique.
+    charges
+        Partial charges in elementary charges, shape (n,), or None if unknown.
+
+    Raises
+    ------
+    ValueError
+        If lengths differ, a mass isn't positive, or a bond names no site or joins one to itself.
+    """
+
+    names: tuple[str, ...]
+    masses: np.ndarray
+    types: tuple[str, ...] | None = None
+    elements: tuple[str, ...] | None = None
+    resnames: tuple[str, ...] | None = None
+    resids: np.ndarray | None = None
+    segids: tuple[str, ...] | None = None
+    bonds: np.ndarray = ()
+    charges: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.names)
+        if n == 0:
+            raise ValueError("a Topology needs at least one site, got none")
+        names = self._words("names", self.names)
+        resnames = self._words("resnames", self.resnames or ("MOL",) * n)
+        self._words("elements", self.elements or ("X",) * n)
+        self._words("segids", self.segids or ("",) * n)
+        self._words(
+            "types", self.types or [f"{r}:{a}" for r, a in zip(resnames, names, strict=True)]
+        )
+        self._numbers("masses", self.masses, float)
+        self._numbers("resids", np.ones(n) if self.resids is None else self.resids, int)
+        if self.charges is not None:
+            self._numbers("charges", self.charges, float)
+        if not np.all(self.masses > 0):
+            raise ValueError(
+                f"masses must be positive (Da); site {np.argmin(self.masses)} has "
+                f"{self.masses.min()}"
+            )
+        object.__setattr__(self, "bonds", self._checked_bonds())
+
+    def _words(self, key: str, values: Any) -> tuple[str, ...]:
+        words = tuple(str(value) for value in values)
+        if len(words) != len(self.names):
+            raise ValueError(f"{key} has {len(words)} entries for {len(self.names)} sites")
+        object.__setattr__(self, key, words)
+        return words
+
+    def _numbers(self, key: str, values: Any, dtype: type) -> None:
+        array = np.array(values, dtype=dtype)
+        if array.shape != (len(self.names),):
+            raise ValueError(f"{key} must have shape ({len(self.names)},), got {array.shape}")
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"{key} holds NaN or infinity at site {np.argmin(np.isfinite(array))}")
+        object.__setattr__(self, key, array)
+
+    def _checked_bonds(self) -> np.ndarray:
+        bonds = np.array(self.bonds, dtype=int)
+        if bonds.size == 0:
+            return np.zeros((0, 2), dtype=int)
+        if bonds.ndim != 2 or bonds.shape[1] != 2:
+            raise ValueError(f"bonds must have shape (m, 2), got {bonds.shape}")
+        if bonds.min() < 0 or bonds.max() >= len(self):
+            raise ValueError(f"bonds name sites outside 0..{len(self) - 1}")
+        if np.any(bonds[:, 0] == bonds[:, 1]):
+            raise ValueError(f"site {bonds[bonds[:, 0] == bonds[:, 1]][0, 0]} is bonded to itself")
+        return np.unique(np.sort(bonds, axis=1), axis=0)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def adjacency(self) -> csr_array:
+        """Symmetric bond matrix, sparse, shape (n, n)."""
+        i, j = self.bonds.T
+        rows, columns = np.concatenate([i, j]), np.concatenate([j, i])
+        return coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(self),) * 2).tocsr()
+
+    @cached_property
+    def molecules(self) -> np.ndarray:
+        """Index of the molecule (connected component) of each site, shape (n,), from 0."""
+        return connected_components(self.adjacency, directed=False)[1].astype(int)
+
+    def neighbours(self) -> list[list[int]]:
+        """Return the bonded neighbours of every site, in ascending order."""
+        lists: list[list[int]] = [[] for _ in range(len(self))]
+        for i, j in self.bonds.tolist():
+            lists[i].append(j)
+            lists[j].append(i)
+        return [sorted(sites) for sites in lists]
+
+    def hops(self) -> np.ndarray:
+        """Return the number of bonds between all pairs, shape (n, n); else `UNREACHABLE`."""
+        distance = shortest_path(self.adjacency, unweighted=True, directed=False)
+        return np.where(np.isfinite(distance), distance, UNREACHABLE).astype(int)
+
+    def angles(self) -> np.ndarray:
+        """Return all bond angles i-j-k with i < k, shape (k, 3)."""
+        found = [
+            (i, j, k)
+            for j, around in enumerate(self.neighbours())
+            for i in around
+            for k in around
+            if i < k
+        ]
+        return np.array(found, dtype=int).reshape(-1, 3)
+
+    def dihedrals(self) -> np.ndarray:
+        """Return all proper dihedrals i-j-k-l around bonds with j < k, shape (k, 4)."""
+        around = self.neighbours()
+        found = [
+            (i, j, k, m)
+            for j, k in self.bonds.tolist()
+            for i in around[j]
+            for m in around[k]
+            if i not in (k, m) and m != j
+        ]
+        return np.array(found, dtype=int).reshape(-1, 4)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dictionary that `from_dict` reads back exactly."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Topology:
+        """Build from the dictionary made by `to_dict`."""
+        return cls(**values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Topology):
+            return NotImplemented
+        return all(
+            np.array_equal(getattr(self, field.name), getattr(other, field.name))
+            for field in fields(self)
+        )

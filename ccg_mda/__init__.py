@@ -1,0 +1,42 @@
+"""The bridge between beads and atoms for MDAnalysis: coarse-grain, backmap, reweight."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Names load on first use: a reader of weights needn't wait for torch and e3nn.
+_HOME = {
+    "ASEPotential": "potential",
+    "AtomReader": "readers",
+    "Backmap": "transformation",
+    "Backmapper": "flow",
+    "BeadReader": "readers",
+    "OpenMMPotential": "potential",
+    "Potential": "potential",
+    "TorchPotential": "potential",
+    "backmap": "transformation",
+    "bead_universe": "universe",
+    "cg_map": "universe",
+    "coarse_grain": "universe",
+    "effective_sample_size": "weights",
+    "log_mean_exp": "weights",
+    "log_weights": "weights",
+    "pareto_k": "weights",
+    "resample": "weights",
+    "topology_from": "universe",
+    "torch_energy": "potential",
+    "universe_from": "universe",
+    "weighted_average": "weights",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

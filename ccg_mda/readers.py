@@ -1,0 +1,192 @@
+"""Readers that present one trajectory at another resolution: beads as atoms, atoms as beads.
+
+A transformation can't change the number of sites of a trajectory, a reader can. Both readers own
+an independent copy of their source, so that the user's current frame never moves, allow any order
+of access, and can be copied and pickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from MDAnalysis import AtomGroup, Universe
+from MDAnalysis.coordinates.base import ProtoReader
+from MDAnalysis.coordinates.timestep import Timestep
+
+from ccg_ase.mapping import CGMap
+
+
+class MappedReader(ProtoReader):
+    """Base of both readers: frames of a source trajectory, seen at another resolution.
+
+    Subclasses say how many sites they expect and present, and fill the Timestep. It derives from
+    ProtoReader because ReaderBase calls ``close()`` even after a failed constructor.
+
+    Parameters
+    ----------
+    source
+        Universe or AtomGroup; of an AtomGroup only its atoms are read, in its order.
+    n_atoms
+        Given by `Universe.load_new`; checked.
+    cg_map
+        The map between atoms and beads.
+    n_samples
+        Frames presented per source frame.
+    format
+        Given by `Universe.load_new`; ignored.
+    """
+
+    units = {  # noqa: RUF012 (MDAnalysis declares it so)
+        "time": "ps",
+        "length": "Angstrom",
+        "velocity": "Angstrom/ps",
+        "force": "kJ/(mol*Angstrom)",
+    }
+
+    def __init__(
+        self,
+        source: Universe | AtomGroup,
+        n_atoms: int | None = None,
+        *,
+        cg_map: CGMap,
+        n_samples: int = 1,
+        format: Any = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(source, Universe | AtomGroup):
+            raise TypeError(
+                f"{type(self).__name__} reads a Universe or AtomGroup, not a "
+                f"{type(source).__name__}; pass the Universe rather than its trajectory"
+            )
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+        self.cg_map = cg_map
+        self.n_samples = int(n_samples)
+        n_source, self.n_atoms, what = self._sites()
+        if len(source.atoms) != n_source:
+            raise ValueError(
+                f"the CGMap has {n_source} {what}, the given {type(source).__name__} has "
+                f"{len(source.atoms)}; select them with select_atoms, or use the matching model"
+            )
+        if n_atoms not in (None, self.n_atoms):
+            raise ValueError(f"topology has {n_atoms} sites, the CGMap presents {self.n_atoms}")
+        self._ix = source.atoms.ix.copy()
+        self._source = source.universe.trajectory.copy()
+        self.filename = source.universe.trajectory.filename
+        self.n_frames = len(self._source) * self.n_samples
+        self.ts = Timestep(self.n_atoms)
+        self._read_frame(0)
+
+    def _sites(self) -> tuple[int, int, str]:
+        """Return the number of sites of the source, of this reader, and the source's word."""
+        raise NotImplementedError
+
+    def _fill(self, ts: Timestep, source: Timestep) -> None:
+        """Put positions and what else is known into ``ts``."""
+        raise NotImplementedError
+
+    def _read_frame(self, frame: int) -> Timestep:
+        cg_frame, sample = divmod(frame, self.n_samples)
+        source, ts = self._source[cg_frame], self.ts
+        # A copied or unpickled Timestep has lost the way to its reader.
+        ts._reader = weakref.ref(self)
+        ts.frame = frame
+        ts.data = {key: value for key, value in source.data.items() if key != "time_offset"}
+        ts.data |= {"time": source.time, "cg_frame": cg_frame, "sample": sample}
+        ts.dimensions = source.dimensions
+        self._fill(ts, source)
+        return ts
+
+    def _read_next_timestep(self, ts: Timestep | None = None) -> Timestep:
+        if self.ts.frame + 1 >= self.n_frames:
+            raise EOFError
+        return self._read_frame(self.ts.frame + 1)
+
+    def _reopen(self) -> None:
+        self.ts.frame = -1
+
+    def _get_dt(self) -> float:
+        return self._source.ts.dt
+
+    @property
+    def totaltime(self) -> float:
+        """Time between first and last frame in ps; samples of one source frame share its time."""
+        return self._source.totaltime
+
+    def copy(self) -> MappedReader:
+        """Return an independent reader at the same frame, with the same transformations."""
+        new = copy.copy(self)
+        new._source = self._source.copy()
+        new.ts = self.ts.copy()
+        new.ts._reader = weakref.ref(new)
+        new._transformations = list(self._transformations)
+        new._auxs = {}
+        for name, auxiliary in self._auxs.items():
+            new.add_auxiliary(name, auxiliary.copy())
+        return new
+
+
+class BeadReader(MappedReader):
+    """A bead trajectory of atomistic size, the host of `Backmap`.
+
+    ``ts.data["beads"]`` holds the bead positions, float32 (n_beads, 3) in Å, ``"cg_frame"`` and
+    ``"sample"`` say which bead frame and which of its ``n_samples`` reconstructions this is; the
+    sample index runs fastest. Every atom sits at the bead that owns it until a transformation
+    places it. Time, box and the other data are those of the bead frame.
+
+    Example
+    -------
+    ::
+
+        u = mda.Universe("protein.pdb", u_cg, format=BeadReader, cg_map=model.cg_map,
+                         transformations=[Backmap(model, seed=0)])
+    """
+
+    format = "CCG_BEADS"
+
+    def _sites(self) -> tuple[int, int, str]:
+        return self.cg_map.n_beads, self.cg_map.n_atoms, "beads"
+
+    def _fill(self, ts: Timestep, source: Timestep) -> None:
+        beads = source.positions[self._ix]
+        ts.data["beads"] = beads
+        ts.positions = beads[np.maximum(self.cg_map.owner, 0)]
+        # Forces that a transformation wrote for the previous frame aren't those of this one.
+        ts.has_forces = False
+
+    def look_ahead(self, frames: Sequence[int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Return beads, float32 (len(frames), n_beads, 3), and (cg_frame, sample) of frames.
+
+        The current Timestep stays as it is.
+        """
+        keys = [divmod(frame, self.n_samples) for frame in frames]
+        beads: dict[int, np.ndarray] = {}
+        for cg_frame, _ in keys:
+            if cg_frame not in beads:
+                beads[cg_frame] = self._source[cg_frame].positions[self._ix]
+        return np.stack([beads[cg_frame] for cg_frame, _ in keys]), keys
+
+
+class AtomReader(MappedReader):
+    """An atomistic trajectory seen as beads: positions, velocities, and forces of slice maps.
+
+    Molecules must be whole; put `unwrap` on the atomistic side if they aren't.
+    """
+
+    format = "CCG_ATOMS"
+
+    def _sites(self) -> tuple[int, int, str]:
+        return self.cg_map.n_atoms, self.cg_map.n_beads, "atoms"
+
+    def _fill(self, ts: Timestep, source: Timestep) -> None:
+        ts.positions = self.cg_map.apply(source.positions[self._ix].astype(np.float64))
+        ts.has_velocities = source.has_velocities
+        if source.has_velocities:
+            ts.velocities = self.cg_map.apply(source.velocities[self._ix].astype(np.float64))
+        ts.has_forces = source.has_forces and self.cg_map.kind == "slice"
+        if ts.has_forces:
+            ts.forces = self.cg_map.apply_forces(source.forces[self._ix])

@@ -1,0 +1,277 @@
+"""Backmap: atoms on a bead trajectory, while it is read."""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import MDAnalysis as mda
+import numpy as np
+import torch
+from ase import units
+from MDAnalysis.coordinates.timestep import Timestep
+from MDAnalysis.exceptions import NoDataError
+from MDAnalysis.transformations.base import TransformationBase
+
+from ccg_ase.units import thermal_energy
+from ccg_mda.potential import Potential
+from ccg_mda.readers import BeadReader
+from ccg_mda.universe import universe_from
+
+if TYPE_CHECKING:
+    from ccg_mda.flow import Backmapper
+
+_KJ_MOL_PER_EV = units.mol / units.kJ
+_BLOCKS_KEPT = 4  # the first one (rewinding reads frame 0), the current one, and those of copies
+
+
+@dataclass
+class _Block:
+    """Consecutive frames that one call of the model reconstructed."""
+
+    beads: np.ndarray
+    positions: np.ndarray
+    log_prob: np.ndarray
+    energies: dict[int, tuple[float, np.ndarray]] = field(default_factory=dict)
+
+
+class Backmap(TransformationBase):
+    """Reconstruct the atoms of every frame of a `BeadReader`.
+
+    ::
+
+        ( )───( )───( )          H  O       H
+                         ──▶     │  ║       │
+         beads s                ─N──C──Cα──N─     x ~ q(x|s)
+
+    A frame is a pure function of (seed, bead frame, sample): its noise is drawn on the CPU from
+    ``SeedSequence([seed, cg_frame, sample])``, whatever the order of access, worker or copy. The
+    model sees ``prefetch`` frames at once, always in the same aligned blocks and always that many,
+    so that even the last bits don't depend on what was read before.
+
+    It sets ``ts.positions`` and
+
+    - ``ts.data["log_prob"]``: ln q(x|s), natural log of a density on {x : M x = s}, in Å;
+    - with a potential: ``ts.data["energy"]`` U in eV; ``ts.data["log_weight"]`` = -U/kT - ln q, the
+      log of target over proposal *given s* (see `log_weights` for whole ensembles); ``ts.forces``
+      in MDAnalysis' kJ/(mol Å). A clash has energy +inf, log weight -inf and zero forces.
+
+    Log values belong to the float64 positions, before MDAnalysis rounds them to float32. Torch runs
+    on one thread within a call: more slow small models down, and a worker that was forked after
+    its parent had used OpenMP would hang.
+
+    Parameters
+    ----------
+    model
+        The `Backmapper`.
+    seed
+        Non-negative integer.
+    potential
+        Atomistic `Potential`; called once per frame read, never ahead.
+    prefetch
+        Frames per call of the model. 1 is best if frames are read far apart.
+
+    Example
+    -------
+    ::
+
+        u = mda.Universe("protein.pdb", u_cg, format=BeadReader, cg_map=model.cg_map,
+                         transformations=[Backmap(model), wrap(...)])
+    """
+
+    def __init__(
+        self,
+        model: Backmapper,
+        *,
+        seed: int = 0,
+        potential: Potential | None = None,
+        prefetch: int = 16,
+    ) -> None:
+        if potential is not None and potential.n_atoms != model.cg_map.n_atoms:
+            raise ValueError(
+                f"the potential has {potential.n_atoms} atoms, the model {model.cg_map.n_atoms}; "
+                "build both for the same molecule and atom order"
+            )
+        if prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1, got {prefetch}")
+        np.random.SeedSequence(seed)  # refuses what isn't a seed
+        tensor = next(chain(model.parameters(), model.buffers()), torch.empty(0))
+        # CUDA doesn't survive a fork.
+        super().__init__(max_threads=1, parallelizable=tensor.device.type == "cpu")
+        self.model = model
+        self.seed = int(seed)
+        self.potential = potential
+        self.prefetch = int(prefetch)
+        self._device = tensor.device
+        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+
+    def __call__(self, ts: Timestep) -> Timestep:
+        """Fill ``ts`` with atoms, on one torch thread (threadpoolctl would cost 1.6 ms)."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._transform(ts)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _transform(self, ts: Timestep) -> Timestep:
+        block, row = self._block(ts)
+        if not (np.isfinite(block.positions[row]).all() and np.isfinite(block.log_prob[row])):
+            raise ValueError(
+                f"the model gives NaN or infinity at frame {ts.frame}; its beads are probably far "
+                "from anything it was trained on"
+            )
+        ts.positions = block.positions[row]
+        ts.data["log_prob"] = float(block.log_prob[row])
+        if self.potential is not None:
+            if row not in block.energies:
+                block.energies[row] = self.potential(block.positions[row])
+            energy, forces = block.energies[row]
+            ts.forces = forces * _KJ_MOL_PER_EV
+            ts.data["energy"] = float(energy)
+            kT = thermal_energy(self.model.temperature_K)
+            ts.data["log_weight"] = -ts.data["energy"] / kT - ts.data["log_prob"]
+        return ts
+
+    def _block(self, ts: Timestep) -> tuple[_Block, int]:
+        """Return the block of this frame and the row in it, from the cache if it's the same."""
+        number, row = divmod(ts.frame, self.prefetch)
+        beads = self._beads(ts)
+        block = self._blocks.get(number)
+        # One transformation may serve several trajectories: same beads, not only same number.
+        if block is None or not np.array_equal(block.beads[row], beads):
+            block = self._blocks[number] = self._evaluate(ts, beads, row)
+        self._blocks.move_to_end(number)
+        if len(self._blocks) > _BLOCKS_KEPT:
+            self._blocks.popitem(last=False)
+        return block, row
+
+    def _beads(self, ts: Timestep) -> np.ndarray:
+        try:
+            beads = ts.data["beads"]
+        except KeyError:
+            raise NoDataError(
+                f"frame {ts.frame} carries no beads; read the bead trajectory with "
+                "format=BeadReader, or use backmap()"
+            ) from None
+        n_beads = self.model.cg_map.n_beads
+        if beads.shape != (n_beads, 3):
+            raise ValueError(f"the model has {n_beads} beads, the frame {beads.shape[0]}")
+        if not np.isfinite(beads).all():
+            raise ValueError(f"bead positions of frame {ts.frame} are NaN or infinite")
+        if ts.dimensions is not None and len(self.model.cg_map.beads.bonds):
+            i, j = self.model.cg_map.beads.bonds.T
+            if np.any(np.abs(beads[i] - beads[j]) > ts.dimensions[:3] / 2):
+                raise ValueError(
+                    f"a molecule of frame {ts.frame} is split across the periodic boundary; add "
+                    "MDAnalysis.transformations.unwrap to the bead Universe"
+                )
+        return beads
+
+    def _evaluate(self, ts: Timestep, beads: np.ndarray, row: int) -> _Block:
+        """Reconstruct the whole block; places beyond the trajectory are filled with this frame."""
+        batch = np.repeat(beads[None], self.prefetch, axis=0)
+        keys = [(ts.data["cg_frame"], ts.data["sample"])] * self.prefetch
+        # MDAnalysis gives transformations nothing but the Timestep; this is its way to the reader.
+        reader = ts._reader() if getattr(ts, "_reader", None) is not None else None
+        if isinstance(reader, BeadReader) and self.prefetch > 1:
+            first = ts.frame - row
+            ahead = range(first, min(first + self.prefetch, reader.n_frames))
+            batch[: len(ahead)], keys[: len(ahead)] = reader.look_ahead(ahead)
+            batch[row] = beads  # as earlier transformations may have left them
+        noise = torch.stack(
+            [
+                self.model.sample_noise(np.random.default_rng([self.seed, *map(int, key)]))
+                for key in keys
+            ]
+        )
+        with torch.no_grad():
+            distribution = self.model(torch.tensor(batch, dtype=torch.float64, device=self._device))
+            placed = distribution.positions_and_log_prob_from(noise.to(self._device))
+        positions, log_prob = (value.cpu().numpy() for value in placed)
+        return _Block(batch, positions, log_prob)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache behind and turn the model into bytes.
+
+        Torch would hand tensors to worker processes in shared memory, one open file for each.
+        """
+        return {**self.__dict__, "_blocks": OrderedDict(), "model": pickle.dumps(self.model)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, model=pickle.loads(state["model"]))
+
+
+def backmap(
+    u_cg: mda.Universe | mda.AtomGroup,
+    model: Backmapper | str | PathLike[str],
+    *,
+    n_samples: int = 1,
+    seed: int = 0,
+    potential: Potential | None = None,
+    prefetch: int = 16,
+    temperature_K: float | None = None,
+    transformations: Iterable[Callable[[Timestep], Timestep]] = (),
+) -> mda.Universe:
+    """Return the atomistic Universe of a bead trajectory; atoms are placed as frames are read.
+
+    Parameters
+    ----------
+    u_cg
+        The bead Universe (`coarse_grain`, `bead_universe`, any other), or an AtomGroup of its
+        beads, in the order of ``model.cg_map``. It's copied, and stays at its frame.
+    model
+        A `Backmapper`, or the path of a model file that holds one.
+    n_samples
+        Reconstructions per bead frame; frame = bead frame · n_samples + sample.
+    seed, potential, prefetch
+        See `Backmap`.
+    temperature_K
+        If given, it must be the temperature that the model was trained for.
+    transformations
+        Applied to every frame after the atoms are placed.
+
+    Returns
+    -------
+    Universe
+        With names, types, elements, masses, bonds, residues and, where known, charges. ``ts.data``
+        holds beads, cg_frame, sample, log_prob and, with a potential, energy and log_weight; the
+        H5MD format keeps them in a file, others and ``transfer_to_memory`` lose them.
+
+    Raises
+    ------
+    ValueError
+        If beads, temperature or potential don't belong to the model.
+
+    Example
+    -------
+    ::
+
+        u = ccg_mda.backmap(u_cg, "model.ccg", n_samples=4)
+        RMSD(u, ref, select="name CA").run(backend="multiprocessing", n_workers=2)
+    """
+    if isinstance(model, str | PathLike):
+        from ccg_mda.flow import Backmapper
+
+        model = Backmapper.load(model)
+    if temperature_K is not None and abs(temperature_K - model.temperature_K) > 1e-6:
+        raise ValueError(
+            f"the model is for {model.temperature_K} K, asked for {temperature_K} K; train a model "
+            "at that temperature"
+        )
+    expected, given = model.cg_map.beads.names, tuple(getattr(u_cg.atoms, "names", ()))
+    if given != expected and sorted(given) == sorted(expected):
+        raise ValueError(
+            f"the beads are ordered {', '.join(given)}, the model has {', '.join(expected)}; pass "
+            "an AtomGroup in the order of the model"
+        )
+    u = universe_from(model.cg_map.atoms)
+    u.trajectory = BeadReader(u_cg, cg_map=model.cg_map, n_samples=n_samples)
+    placed = Backmap(model, seed=seed, potential=potential, prefetch=prefetch)
+    u.trajectory.add_transformations(placed, *transformations)
+    return u

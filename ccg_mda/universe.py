@@ -1,0 +1,266 @@
+"""Universes at both resolutions: CGMap from selections, topologies, bead Universes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import MDAnalysis as mda
+import numpy as np
+from ase.data import atomic_masses, atomic_numbers
+from MDAnalysis.guesser.default_guesser import DefaultGuesser
+from MDAnalysis.topology.base import change_squash
+
+from ccg_ase.mapping import CGMap
+from ccg_ase.topology import Topology
+from ccg_mda.readers import AtomReader
+
+# A methyl of NME is also called C in some force fields; it isn't part of the backbone.
+_SLICE_PRESETS = {
+    "ca": "protein and name CA",
+    "backbone": "protein and name N CA C and not (resname NME and name C)",
+}
+_GROUP_PRESETS = ("residue-com", "molecule-com")
+PRESETS = (*_SLICE_PRESETS, "heavy", *_GROUP_PRESETS)
+_ASE_SUFFIXES = {".traj", ".extxyz", ".json", ".db"}
+
+
+def cg_map(
+    universe: mda.Universe | mda.AtomGroup,
+    beads: str | Sequence[str] | Mapping[str, str],
+    *,
+    weighting: Literal["mass", "geometry"] = "mass",
+) -> CGMap:
+    """Make a CGMap from MDAnalysis selections.
+
+    Parameters
+    ----------
+    universe
+        The atoms to coarse-grain; the map counts the atoms of an AtomGroup from 0.
+    beads
+        ``{bead name: selection}`` or a list of selections: one bead each, in this order. A single
+        selection: every atom of it is a bead. Or a preset: ``"ca"``; ``"backbone"`` (N, CA, C);
+        ``"heavy"`` (all but hydrogens); ``"residue-com"``, ``"molecule-com"`` (centres of mass).
+    weighting
+        A bead of several atoms is at their centre of ``"mass"`` (default) or ``"geometry"``.
+
+    Returns
+    -------
+    CGMap
+
+    Raises
+    ------
+    ValueError
+        If a selection is empty; the selection is named.
+
+    Example
+    -------
+    ::
+
+        cg_map(u, {"NT": "resname ALA and name N", "CA": "name CA", "SC": "name CB HB*"})
+    """
+    atoms = universe.atoms
+    topology = topology_from(atoms)
+    names = list(beads) if isinstance(beads, Mapping) else None
+    if isinstance(beads, str):
+        groups = _groups(atoms, topology, beads)
+    else:
+        selections = list(beads.values() if isinstance(beads, Mapping) else beads)
+        groups = [_local(atoms, atoms.select_atoms(selection)) for selection in selections]
+        for selection, group in zip(selections, groups, strict=True):
+            if not group:
+                raise ValueError(f"the selection {selection!r} matches no atoms, hence no bead")
+    if not groups:
+        raise ValueError(
+            f"{beads!r} selects no atoms, hence no beads; presets are {', '.join(PRESETS)}"
+        )
+    if all(len(group) == 1 for group in groups):
+        return CGMap.from_slices(topology, [group[0] for group in groups], names)
+    return CGMap.from_groups(topology, groups, names, weighting)
+
+
+def _groups(atoms: mda.AtomGroup, topology: Topology, beads: str) -> list[list[int]]:
+    """Return the atoms of every bead of a preset or of a single selection."""
+    if beads == "heavy":
+        return [[i] for i, element in enumerate(topology.elements) if element != "H"]
+    if beads in _GROUP_PRESETS:
+        labels = topology.molecules if beads == "molecule-com" else atoms.resindices
+        _, first = np.unique(labels, return_index=True)
+        return [np.flatnonzero(labels == labels[i]).tolist() for i in np.sort(first)]
+    selection = _SLICE_PRESETS.get(beads, beads)
+    return [[i] for i in _local(atoms, atoms.select_atoms(selection))]
+
+
+def _local(atoms: mda.AtomGroup, selected: mda.AtomGroup) -> list[int]:
+    """Return indices within ``atoms`` rather than within its Universe."""
+    position = {ix: k for k, ix in enumerate(atoms.ix)}
+    return [position[ix] for ix in selected.ix]
+
+
+def topology_from(universe: mda.Universe | mda.AtomGroup) -> Topology:
+    """Read the Topology of a Universe or AtomGroup.
+
+    Elements and masses that are missing come from the atom names; missing bonds are guessed from
+    distances in the current frame, with a warning. The Universe isn't changed. Types are
+    ``"{resname}:{name}"``, since atoms of one type share network parameters.
+
+    Parameters
+    ----------
+    universe
+        The atoms; at least their names or elements must be known.
+    """
+    atoms = universe.atoms
+    if not (hasattr(atoms, "names") or hasattr(atoms, "elements")):
+        raise ValueError("the Universe knows neither names nor elements; add one of them")
+    names = atoms.names if hasattr(atoms, "names") else atoms.elements
+    elements = _elements(atoms, names)
+    masses = np.array(getattr(atoms, "masses", np.zeros(len(atoms))), dtype=float)
+    unknown = ~(masses > 0)
+    masses[unknown] = [atomic_masses[atomic_numbers.get(e, 0)] for e in elements[unknown]]
+    return Topology(
+        names=tuple(names),
+        masses=masses,
+        elements=tuple(elements),
+        resnames=tuple(atoms.resnames) if hasattr(atoms, "resnames") else None,
+        resids=atoms.resids if hasattr(atoms, "resids") else None,
+        segids=tuple(atoms.segids) if hasattr(atoms, "segids") else None,
+        bonds=_bonds(atoms),
+        charges=getattr(atoms, "charges", None),
+    )
+
+
+def _elements(atoms: mda.AtomGroup, names: np.ndarray) -> np.ndarray:
+    known = atoms.elements if hasattr(atoms, "elements") else [""] * len(atoms)
+    guess = DefaultGuesser(atoms.universe).guess_atom_element
+    symbols = [k or guess(n) for k, n in zip(known, names, strict=True)]
+    return np.array([s.capitalize() if s else "X" for s in symbols], dtype=object)
+
+
+def _bonds(atoms: mda.AtomGroup) -> np.ndarray:
+    if hasattr(atoms, "bonds"):
+        pairs = atoms.bonds.atomgroup_intersection(atoms, strict=True).indices
+    elif len(atoms) == 1:
+        return np.zeros((0, 2), dtype=int)
+    else:
+        warnings.warn(
+            "the Universe has no bonds; guessing them from the distances in frame "
+            f"{atoms.universe.trajectory.frame}. Load a topology with bonds, or call "
+            "universe.atoms.guess_bonds() and check them",
+            stacklevel=4,
+        )
+        pairs = np.array(
+            DefaultGuesser(atoms.universe).guess_bonds(atoms, atoms.positions), dtype=int
+        )
+    pairs = pairs.reshape(-1, 2)
+    order = np.argsort(atoms.ix)
+    return order[np.searchsorted(atoms.ix, pairs, sorter=order)]
+
+
+def universe_from(topology: Topology, trajectory: Any = None, **reader: Any) -> mda.Universe:
+    """Make a Universe with all that a Topology knows, and optionally a trajectory.
+
+    Parameters
+    ----------
+    topology
+        Atoms or beads.
+    trajectory
+        Anything that `Universe.load_new` takes: file names, an array (n_frames, n, 3).
+    **reader
+        Further arguments of `Universe.load_new`.
+    """
+    columns = [np.array(topology.resids), np.array(topology.resnames), np.array(topology.segids)]
+    resindex, (resids, resnames, segids) = change_squash(tuple(columns), tuple(columns))
+    segindex, (segids,) = change_squash((segids,), (segids,))
+    u = mda.Universe.empty(
+        len(topology),
+        n_residues=len(resids),
+        n_segments=len(segids),
+        atom_resindex=resindex,
+        residue_segindex=segindex,
+    )
+    for key in ("names", "types", "elements", "masses"):
+        u.add_TopologyAttr(key, np.array(getattr(topology, key)))
+    for key, values in (("resids", resids), ("resnames", resnames), ("segids", segids)):
+        u.add_TopologyAttr(key, values)
+    if topology.charges is not None:
+        u.add_TopologyAttr("charges", topology.charges)
+    u.add_TopologyAttr("bonds", [tuple(pair) for pair in topology.bonds.tolist()])
+    return u if trajectory is None else u.load_new(trajectory, **reader)
+
+
+def coarse_grain(universe: mda.Universe | mda.AtomGroup, cg_map: CGMap) -> mda.Universe:
+    """Show an atomistic trajectory as beads, frame by frame as they are read.
+
+    Parameters
+    ----------
+    universe
+        The atoms of the map; an AtomGroup if there are others (solvent) in the Universe.
+    cg_map
+        The map.
+
+    Returns
+    -------
+    Universe
+        A bead Universe with names, types, masses and bonds; positions, velocities and, for slice
+        maps, the forces on the bead atoms.
+    """
+    u = universe_from(cg_map.beads)
+    u.trajectory = AtomReader(universe, cg_map=cg_map)
+    return u
+
+
+def bead_universe(
+    beads: str | PathLike[str] | np.ndarray, model: Any, **reader: Any
+) -> mda.Universe:
+    """Make a Universe from bead positions, with what the files don't hold: names, masses, bonds.
+
+    Parameters
+    ----------
+    beads
+        Bead positions in Å as an array (n_frames, n_beads, 3), or a file: ASE's .traj, .extxyz,
+        .json, .db, or any format of MDAnalysis (.xyz, .dcd, .xtc, .h5md, ...).
+    model
+        A CGMap, a path of a model file, or anything with a ``cg_map``, e.g. a Backmapper.
+    **reader
+        Further arguments of the MDAnalysis reader, e.g. ``dt`` in ps.
+
+    Raises
+    ------
+    ValueError
+        If the number of beads differs, or if the file says that it belongs to another map.
+    """
+    if isinstance(model, str | PathLike):
+        from ccg_ase.checkpoint import load_model
+
+        model = load_model(model)
+    the_map = model if isinstance(model, CGMap) else model.cg_map
+    trajectory = beads
+    if isinstance(beads, str | PathLike):
+        if not Path(beads).is_file():
+            raise FileNotFoundError(f"no bead trajectory {str(beads)!r}")
+        trajectory = str(beads)
+        if Path(beads).suffix in _ASE_SUFFIXES:
+            trajectory = _read_ase(trajectory, the_map)
+    if isinstance(trajectory, np.ndarray) and trajectory.shape[1:] != (the_map.n_beads, 3):
+        raise ValueError(
+            f"expected beads of shape (n_frames, {the_map.n_beads}, 3), got {trajectory.shape}"
+        )
+    return universe_from(the_map.beads, trajectory, **reader)
+
+
+def _read_ase(path: str, the_map: CGMap) -> np.ndarray:
+    from ase.io import read
+
+    frames = read(path, index=":")
+    for k, frame in enumerate(frames):
+        written_for = frame.info.get("cg_map", the_map.fingerprint())
+        if len(frame) != the_map.n_beads or written_for != the_map.fingerprint():
+            raise ValueError(
+                f"frame {k} of {path!r} holds {len(frame)} beads of the map {written_for}, the "
+                f"model has {the_map.n_beads} of the map {the_map.fingerprint()}; use the model "
+                "that the trajectory was made with"
+            )
+    return np.array([frame.positions for frame in frames])

@@ -1,0 +1,126 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ccg_ase import CGCalculator, ForceField, ModelFileError, load_model, save_model
+from ccg_ase.checkpoint import VERSION
+
+
+@pytest.fixture
+def saved(tmp_path, force_field):
+    path = tmp_path / "model.ccg"
+    save_model(
+        path,
+        cg_map=force_field.cg_map,
+        temperature_K=300.0,
+        parts={"force_field": force_field},
+        provenance={"made": "by a test"},
+        metrics={"loss": 0.5},
+    )
+    return path
+
+
+def rewrite(path, change):
+    """Write the file again with another JSON header."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["ccg"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    save_file(tensors, path, metadata={"ccg": json.dumps(header)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_round_trip(tmp_path, force_field, ala2_beads, dtype):
+    path = tmp_path / "model.ccg"
+    force_field.to(dtype)
+    save_model(
+        path, cg_map=force_field.cg_map, temperature_K=300.0, parts={"force_field": force_field}
+    )
+    model = load_model(path)
+    assert model.cg_map == force_field.cg_map
+    assert (model.temperature_K, model.version) == (300.0, VERSION)
+    copy = ForceField.from_model(model)
+    assert copy.dtype == dtype
+    x = torch.from_numpy(ala2_beads[:3])
+    assert torch.equal(copy(x), force_field(x))
+    assert torch.equal(copy.reference_beads, force_field.reference_beads)
+
+
+def test_records_and_metadata(saved):
+    model = load_model(saved)
+    assert model.provenance == {"made": "by a test"}
+    assert model.metrics == {"loss": 0.5}
+    assert os.listdir(saved.parent) == [saved.name]  # no temporary left behind
+
+
+def test_calculator_loads(saved, force_field, ala2_beads):
+    atoms = CGCalculator.load(saved, dtype=torch.float64).atoms()
+    np.testing.assert_allclose(atoms.positions, ala2_beads[0])
+    energy = force_field(torch.from_numpy(ala2_beads[0])).item()
+    assert atoms.get_potential_energy() == pytest.approx(energy, abs=1e-12)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated(saved, keep):
+    content = saved.read_bytes()
+    saved.write_bytes(content[:keep])
+    with pytest.raises(ModelFileError, match="truncated or of another format"):
+        load_model(saved)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "foreign.ccg"
+    path.write_bytes(b"PK\x03\x04 not a model at all" * 10)
+    with pytest.raises(ModelFileError, match="another format"):
+        load_model(path)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ModelFileError, match="not a ccg model"):
+        load_model(path)
+    save_file({"x": torch.zeros(2)}, path, metadata={"ccg": "not json"})
+    with pytest.raises(ModelFileError, match="not a ccg model"):
+        load_model(path)
+    save_file({}, path, metadata={"ccg": json.dumps({"format": "other", "version": 1})})
+    with pytest.raises(ModelFileError, match="not a ccg model"):
+        load_model(path)
+    with pytest.raises(FileNotFoundError, match="no model file"):
+        load_model(tmp_path / "nothing.ccg")
+
+
+def test_versions(saved):
+    rewrite(saved, lambda header, _: header.update(version=VERSION + 1))
+    with pytest.raises(ModelFileError, match="upgrade ccg"):
+        load_model(saved)
+    rewrite(saved, lambda header, _: header.update(version=0))
+    with pytest.raises(ModelFileError, match="no format version 0"):
+        load_model(saved)
+
+
+def test_parts(saved, force_field):
+    model = load_model(saved)
+    with pytest.raises(ModelFileError, match=r"no 'backmapper'.*force_field"):
+        model.restore("backmapper", ForceField)
+    model.states["force_field"].pop("scale")
+    with pytest.raises(ModelFileError, match="don't fit"):
+        ForceField.from_model(model)
+    rewrite(saved, lambda _, tensors: tensors.update({"stranger/x": torch.zeros(1)}))
+    with pytest.raises(ModelFileError, match="unknown part 'stranger'"):
+        load_model(saved)
+
+
+def test_failed_save_keeps_the_old_file(saved, force_field):
+    before = saved.read_bytes()
+    arguments = {"cg_map": force_field.cg_map, "temperature_K": 300.0}
+    with pytest.raises(ValueError, match="JSON-able"):
+        save_model(saved, **arguments, parts={}, metrics={"x": np.zeros(2)})
+    with pytest.raises(ValueError, match="has no `config`"):
+        save_model(saved, **arguments, parts={"network": torch.nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match="identifier"):
+        save_model(saved, **arguments, parts={"a/b": force_field})
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]

@@ -1,0 +1,144 @@
+import pickle
+
+import MDAnalysis as mda
+import numpy as np
+import pytest
+from molecules import PDB, dipeptide, slice_map
+
+from ccg_mda.readers import AtomReader, BeadReader
+from ccg_mda.universe import coarse_grain, universe_from
+
+N = 6
+
+
+@pytest.fixture(scope="module")
+def the_map():
+    return slice_map()
+
+
+@pytest.fixture(params=["memory", "xtc", "chain"])
+def source(request, the_map, tmp_path):
+    atoms = dipeptide(N)
+    if request.param == "memory":
+        return coarse_grain(atoms, the_map)
+    beads = coarse_grain(atoms, the_map)
+    path = str(tmp_path / "beads.xtc")
+    beads.atoms.write(path, frames="all")
+    return universe_from(the_map.beads, path if request.param == "xtc" else [path, path])
+
+
+def host(source, the_map, **options):
+    u = universe_from(the_map.atoms)
+    return u.load_new(source, format=BeadReader, cg_map=the_map, **options)
+
+
+def test_presents_beads_at_atomistic_size(source, the_map):
+    source.trajectory[2]
+    u = host(source, the_map, n_samples=3)
+    assert u.trajectory.n_atoms == 22
+    assert len(u.trajectory) == 3 * len(source.trajectory)
+    for ts in u.trajectory:
+        cg_frame, sample = divmod(ts.frame, 3)
+        assert (ts.data["cg_frame"], ts.data["sample"]) == (cg_frame, sample)
+        assert source.trajectory.frame == 2
+        reference = source.copy().trajectory[cg_frame]
+        np.testing.assert_array_equal(ts.data["beads"], reference.positions)
+        np.testing.assert_array_equal(ts.positions, reference.positions[the_map.owner])
+        assert ts.time == reference.time
+    assert u.trajectory.totaltime == source.trajectory.totaltime
+
+
+def test_any_order_of_access(source, the_map):
+    u = host(source, the_map, n_samples=2)
+    frames = np.array([ts.positions.copy() for ts in u.trajectory])
+    n = len(frames)
+    mask = np.arange(n) % 3 == 0
+    for key in (slice(None, None, -1), slice(1, 9, 4), [5, 0, 0, 7], mask, slice(-3, None)):
+        read = np.array([ts.positions.copy() for ts in u.trajectory[key]])
+        np.testing.assert_array_equal(read, frames[key])
+    np.testing.assert_array_equal(u.trajectory[-1].positions, frames[-1])
+    assert next(iter(u.trajectory)).frame == 0
+    with pytest.raises(IndexError):
+        u.trajectory[n]
+    np.testing.assert_array_equal(u.trajectory.timeseries(order="fac"), frames)
+
+
+def test_copies_are_independent(source, the_map):
+    u = host(source, the_map)
+    u.trajectory[3]
+    for other in (u.copy(), pickle.loads(pickle.dumps(u))):
+        assert other.trajectory.frame == 3
+        assert other.trajectory.ts.dt == u.trajectory.ts.dt
+        np.testing.assert_array_equal(other.atoms.positions, u.atoms.positions)
+        other.trajectory[1]
+        assert u.trajectory.frame == 3
+        np.testing.assert_array_equal(u.trajectory[1].positions, other.atoms.positions)
+        u.trajectory[3]
+    group = pickle.loads(pickle.dumps(u.select_atoms("name CA")))
+    assert group.universe.trajectory.frame == 3
+
+
+def test_atom_reader_pickles(the_map):
+    beads = coarse_grain(dipeptide(N), the_map)
+    beads.trajectory[4]
+    other = pickle.loads(pickle.dumps(beads))
+    assert isinstance(other.trajectory, AtomReader)
+    np.testing.assert_array_equal(other.atoms.positions, beads.atoms.positions)
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_auxiliary_data_travels(the_map, n_samples, tmp_path):
+    source = coarse_grain(dipeptide(N), the_map)
+    table = tmp_path / "pull.xvg"
+    np.savetxt(table, np.column_stack([2.0 * np.arange(N), 10 + np.arange(N)]))
+    u = host(source, the_map, n_samples=n_samples)
+    u.trajectory.add_auxiliary("pull", str(table))
+    for other in (u, u.copy(), pickle.loads(pickle.dumps(u))):
+        read = [ts.aux.pull[1] for ts in other.trajectory]
+        np.testing.assert_array_equal(read, np.repeat(10 + np.arange(N), n_samples))
+
+
+def test_user_topology_file(the_map):
+    source = coarse_grain(dipeptide(N), the_map)
+    u = mda.Universe(PDB, source, format=BeadReader, cg_map=the_map, topology_format="PDB")
+    np.testing.assert_array_equal(u.select_atoms("name CA").positions[0], u.atoms.positions[8])
+    assert len(u.trajectory) == N
+
+
+def test_box_and_data_are_kept(the_map):
+    atoms = dipeptide(2, dimensions=np.tile([30, 31, 32, 90, 90, 90], (2, 1)))
+    u = host(coarse_grain(atoms, the_map), the_map)
+    np.testing.assert_array_equal(u.trajectory[1].dimensions, [30, 31, 32, 90, 90, 90])
+
+
+def test_look_ahead_leaves_the_frame(the_map):
+    u = host(coarse_grain(dipeptide(N), the_map), the_map, n_samples=2)
+    ts = u.trajectory[3]
+    before = ts.positions.copy()
+    beads, keys = u.trajectory.look_ahead(range(4, 9))
+    assert keys == [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)]
+    np.testing.assert_array_equal(ts.positions, before)
+    np.testing.assert_array_equal(beads[2], u.trajectory[6].data["beads"])
+
+
+def test_one_frame_source(the_map):
+    u = host(coarse_grain(dipeptide(1), the_map), the_map)
+    assert [ts.frame for ts in u.trajectory] == [0]
+
+
+def test_group_of_beads(the_map):
+    two = mda.Merge(*[coarse_grain(dipeptide(1, seed=k), the_map).atoms for k in (0, 1)])
+    reader = BeadReader(two.atoms[9:4:-1][::-1], cg_map=the_map)
+    np.testing.assert_array_equal(reader.ts.data["beads"], two.atoms.positions[5:])
+
+
+def test_errors(the_map):
+    source = coarse_grain(dipeptide(N), the_map)
+    with pytest.raises(ValueError, match=r"5 beads, the given AtomGroup has 4"):
+        BeadReader(source.atoms[:4], cg_map=the_map)
+    with pytest.raises(TypeError, match="pass the Universe"):
+        BeadReader(source.trajectory, cg_map=the_map)
+    with pytest.raises(ValueError, match="topology has 5 sites"):
+        source.copy().load_new(source, format=BeadReader, cg_map=the_map)
+    with pytest.raises(ValueError, match="at least 1"):
+        BeadReader(source, cg_map=the_map, n_samples=0)

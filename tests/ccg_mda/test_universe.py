@@ -1,0 +1,223 @@
+import warnings
+
+import MDAnalysis as mda
+import numpy as np
+import pytest
+from ase.io import write
+from molecules import BACKBONE, PDB, dipeptide, slice_map
+
+import ccg_mda
+from ccg_ase.mapping import CGMap
+from ccg_ase.topology import Topology
+from ccg_mda.universe import bead_universe, cg_map, coarse_grain, topology_from, universe_from
+
+
+@pytest.fixture(scope="module")
+def u():
+    return dipeptide(4)
+
+
+def test_public_names():
+    for name in ccg_mda.__all__:
+        assert getattr(ccg_mda, name).__name__ == name
+    assert set(ccg_mda.__all__) <= set(dir(ccg_mda))
+    with pytest.raises(AttributeError, match="no attribute 'bakmap'"):
+        _ = ccg_mda.bakmap
+
+
+def test_topology_round_trip(u):
+    topology = topology_from(u)
+    assert topology.names == tuple(u.atoms.names)
+    assert topology.elements == tuple(u.atoms.elements)
+    assert topology.types[8] == "ALA:CA"
+    assert len(topology.bonds) == 21
+    assert topology_from(universe_from(topology)) == topology
+    charged = Topology.from_dict({**topology.to_dict(), "charges": np.linspace(-1, 1, 22)})
+    assert topology_from(universe_from(charged)) == charged
+
+
+def test_topology_guesses_what_is_missing(u):
+    bare = mda.Universe.empty(22, trajectory=True)
+    bare.add_TopologyAttr("names", u.atoms.names)
+    bare.atoms.positions = u.atoms.positions
+    with pytest.warns(UserWarning, match="has no bonds; guessing"):
+        topology = topology_from(bare)
+    expected = topology_from(u)
+    assert topology.elements == expected.elements
+    np.testing.assert_allclose(topology.masses, expected.masses, atol=0.01)
+    np.testing.assert_array_equal(topology.bonds, expected.bonds)
+    assert not hasattr(bare, "bonds")
+    with pytest.raises(ValueError, match="neither names nor elements"):
+        topology_from(mda.Universe.empty(2))
+
+
+def test_topology_of_a_reordered_group(u):
+    order = np.r_[21:10:-1, 0:11]
+    topology = topology_from(u.atoms[order])
+    assert topology.names == tuple(u.atoms.names[order])
+    pairs = {frozenset(pair) for pair in order[topology.bonds].tolist()}
+    assert pairs == {frozenset(pair) for pair in topology_from(u).bonds.tolist()}
+
+
+def test_slice_map(u):
+    the_map = cg_map(u, BACKBONE)
+    assert the_map.kind == "slice"
+    assert the_map.beads.names == tuple(BACKBONE)
+    np.testing.assert_array_equal(the_map.bead_atoms, [4, 6, 8, 14, 16])
+    assert cg_map(u, list(BACKBONE.values())).beads.names == ("C", "N", "CA", "C", "N")
+    assert cg_map(u, "name CB CA").n_beads == 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "indices"),
+    [
+        ("ca", [8]),
+        ("backbone", [4, 6, 8, 14, 16]),
+        ("heavy", [1, 4, 5, 6, 8, 10, 14, 15, 16, 18]),
+    ],
+)
+def test_slice_presets(u, preset, indices):
+    np.testing.assert_array_equal(cg_map(u, preset).bead_atoms, indices)
+
+
+def test_centre_of_mass_presets(u):
+    residues = cg_map(u, "residue-com")
+    assert residues.kind == "mass"
+    np.testing.assert_allclose(
+        residues.apply(u.atoms.positions.astype(float)),
+        u.atoms.center_of_mass(compound="residues"),
+        atol=1e-6,
+    )
+    np.testing.assert_array_equal(residues.beads.bonds, [[0, 1], [1, 2]])
+    two = mda.Merge(u.atoms, u.atoms)
+    assert cg_map(two, "molecule-com").n_beads == 2
+
+
+def test_groups(u):
+    beads = {"BB": "name N CA C O and resname ALA", "SC": "name CB HB*"}
+    masses = cg_map(u, beads)
+    geometry = cg_map(u, beads, weighting="geometry")
+    assert (masses.kind, geometry.kind) == ("mass", "geometry")
+    group = u.select_atoms(beads["SC"])
+    x = u.atoms.positions.astype(float)
+    np.testing.assert_allclose(masses.apply(x)[1], group.center_of_mass(), atol=1e-6)
+    np.testing.assert_allclose(geometry.apply(x)[1], group.center_of_geometry(), atol=1e-6)
+
+
+def test_map_of_a_group_counts_from_its_start(u):
+    the_map = cg_map(u.select_atoms("resname ALA"), {"CA": "name CA", "CB": "name CB"})
+    assert the_map.n_atoms == 10
+    np.testing.assert_array_equal(the_map.bead_atoms, [2, 4])
+
+
+def test_empty_selections_are_named(u):
+    with pytest.raises(ValueError, match="'name XX' matches no atoms"):
+        cg_map(u, {"CA": "name CA", "X": "name XX"})
+    with pytest.raises(ValueError, match=r"'name XX' selects no atoms.*residue-com"):
+        cg_map(u, "name XX")
+
+
+@pytest.mark.parametrize("kind", ["slice", "mass"])
+def test_coarse_grain(kind):
+    rng = np.random.default_rng(2)
+    more = {key: rng.normal(size=(4, 22, 3)) for key in ("velocities", "forces")}
+    u = dipeptide(4, **more)
+    the_map = cg_map(u, BACKBONE if kind == "slice" else "residue-com")
+    u.trajectory[1]
+    beads = coarse_grain(u, the_map)
+    assert tuple(beads.atoms.names) == the_map.beads.names
+    np.testing.assert_allclose(beads.atoms.masses, the_map.beads.masses)
+    np.testing.assert_array_equal(beads.bonds.indices, the_map.beads.bonds)
+    matrix = the_map.matrix.toarray()
+    for k in (3, 0, 2):
+        beads.trajectory[k]
+        assert u.trajectory.frame == 1
+        source = u.copy()
+        source.trajectory[k]
+        np.testing.assert_allclose(beads.atoms.positions, matrix @ source.atoms.positions, 1e-5)
+        np.testing.assert_allclose(
+            beads.atoms.velocities, matrix @ source.atoms.velocities, atol=1e-6
+        )
+        assert beads.trajectory.ts.has_forces == (kind == "slice")
+        if kind == "slice":
+            np.testing.assert_array_equal(
+                beads.atoms.forces, source.atoms.forces[the_map.bead_atoms]
+            )
+
+
+def test_coarse_grain_in_solvent(u):
+    water = mda.Universe.empty(3, trajectory=True)
+    water.add_TopologyAttr("names", ["OW", "HW1", "HW2"])
+    water.add_TopologyAttr("masses", [16.0, 1.0, 1.0])
+    system = mda.Merge(water.atoms, u.atoms)
+    solute = system.atoms[3:]
+    the_map = cg_map(dipeptide(), BACKBONE)
+    np.testing.assert_array_equal(
+        coarse_grain(solute, the_map).atoms.positions,
+        system.atoms.positions[the_map.bead_atoms + 3],
+    )
+    with pytest.raises(ValueError, match=r"CGMap has 22 atoms.*has 25.*select_atoms"):
+        coarse_grain(system, the_map)
+
+
+@pytest.mark.parametrize("suffix", ["traj", "extxyz", "xyz", "xtc", "dcd", "npy"])
+@pytest.mark.filterwarnings("ignore:DCDReader currently makes independent timesteps")
+@pytest.mark.filterwarnings("ignore:No dimensions set for current frame")
+def test_bead_universe(suffix, tmp_path):
+    the_map = slice_map()
+    beads = coarse_grain(dipeptide(5), the_map)
+    expected = beads.trajectory.timeseries(order="fac")
+    path = tmp_path / f"beads.{suffix}"
+    if suffix == "npy":
+        path = expected
+    elif suffix in ("traj", "extxyz"):
+        write(path, [the_map.to_ase(frame) for frame in expected])
+    else:
+        beads.atoms.write(path, frames="all")
+    read = bead_universe(path, the_map)
+    assert tuple(read.atoms.names) == the_map.beads.names
+    np.testing.assert_allclose(read.atoms.masses, the_map.beads.masses)
+    np.testing.assert_array_equal(read.bonds.indices, the_map.beads.bonds)
+    atol = 0.006 if suffix == "xtc" else 1e-4
+    np.testing.assert_allclose(read.trajectory.timeseries(order="fac"), expected, atol=atol)
+
+
+def test_bead_universe_errors(tmp_path):
+    the_map = slice_map()
+    path = tmp_path / "beads.extxyz"
+    write(path, the_map.to_ase(np.zeros((5, 3))))
+    other = CGMap.from_slices(the_map.atoms, [1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match="use the model that the trajectory was made with"):
+        bead_universe(path, other)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        bead_universe(tmp_path / "nowhere.xtc", the_map)
+    with pytest.raises(ValueError, match=r"\(n_frames, 5, 3\), got \(7, 4, 3\)"):
+        bead_universe(np.zeros((7, 4, 3)), the_map)
+
+
+def test_analyses_of_hydrogen_bonds_and_torsions_work():
+    from MDAnalysis.analysis.dihedrals import Ramachandran
+    from MDAnalysis.analysis.hydrogenbonds import HydrogenBondAnalysis
+
+    source = dipeptide(3)
+    u = universe_from(topology_from(source), source.trajectory.timeseries(order="fac"))
+    expected = Ramachandran(source.select_atoms("resname ALA")).run().results.angles
+    angles = Ramachandran(u.select_atoms("resname ALA")).run().results.angles
+    np.testing.assert_allclose(angles, expected, atol=1e-3)
+    options = {"donors_sel": "name N", "hydrogens_sel": "name H", "acceptors_sel": "name O"}
+    options |= {"d_h_a_angle_cutoff": 90, "d_a_cutoff": 4.5}
+    counts = [
+        HydrogenBondAnalysis(universe, **options).run().count_by_time() for universe in (source, u)
+    ]
+    np.testing.assert_array_equal(*counts)
+    assert counts[0].sum() > 0
+
+
+def test_writes_pdb(tmp_path):
+    u = universe_from(topology_from(dipeptide()), dipeptide().atoms.positions[None])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the PDB writer reports every column that it fills itself
+        u.atoms.write(tmp_path / "out.pdb")
+    lines = (tmp_path / "out.pdb").read_text().splitlines()
+    names = [line[12:16].strip() for line in lines if line.startswith("ATOM")]
+    assert names == [line[12:16].strip() for line in PDB.read_text().splitlines()[:-1]]

@@ -1,0 +1,191 @@
+"""The data check finds every fault that is put into data of known truth, and only that."""
+
+import numpy as np
+import pytest
+from ase import units
+
+from ccg_ase.mapping import CGMap
+from ccg_ase.topology import Topology
+from ccg_ase.units import thermal_energy
+from ccg_training.data_check import check
+from ccg_training.reference import ReferenceData
+
+T = 300.0
+STIFF = 30.0  # eV/Å²
+N = 5
+REST = 1.05 * np.stack([np.arange(N), np.arange(N) % 2, np.zeros(N)], axis=1)
+
+
+class Springs:
+    """U = k/2 sum over all pairs |(x_i - x_j) - (rest_i - rest_j)|^2: Gaussian in closed form."""
+
+    n_atoms, n_calls = N, 0
+
+    def __call__(self, positions):
+        shift = positions - REST
+        shift = shift - shift.mean(axis=-2, keepdims=True)
+        return 0.5 * STIFF * N * (shift**2).sum((-1, -2)), -STIFF * N * shift
+
+
+def draw(frames=4000, temperature_K=T, seed=0):
+    rng = np.random.default_rng(seed)
+    shift = rng.normal(size=(frames, N, 3)) * np.sqrt(thermal_energy(temperature_K) / (STIFF * N))
+    shift -= shift.mean(axis=1, keepdims=True)
+    positions = REST + shift + rng.normal(size=(frames, 1, 3))
+    energy, forces = Springs()(positions)
+    return ReferenceData(positions, forces, energy)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return draw()
+
+
+@pytest.fixture(scope="module")
+def topology():
+    bonds = [(i, i + 1) for i in range(N - 1)]
+    return Topology(names=("C1", "C2", "C3", "C4", "C5"), masses=np.full(N, 12.0), bonds=bonds)
+
+
+@pytest.fixture(scope="module")
+def cg_map(topology):
+    return CGMap.from_slices(topology, [0, 2, 4])
+
+
+def faults(findings):
+    return [finding for finding in findings if finding.level != "ok"]
+
+
+def only_fault(findings):
+    (fault,) = faults(findings)
+    assert fault.cure
+    return fault
+
+
+def changed(data, **arrays):
+    kept = {"positions": data.positions, "forces": data.forces, "energy": data.energy}
+    return ReferenceData(**kept | arrays)
+
+
+def test_right_data_have_no_fault(data, cg_map):
+    findings = check(data, cg_map, T, Springs())
+    assert faults(findings) == []
+    titles = {"mapping", "forces fit the temperature", "potential", "sampling"}
+    assert {finding.title for finding in findings} == titles
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"),
+    [
+        ("kJ/mol/Å", 96.485),
+        ("kcal/mol/Å", 23.0605),
+        ("kJ/mol/nm", 964.85),
+        ("kcal/mol/nm", 230.6),
+        ("eV/nm", 10.0),
+        ("Hartree/bohr", 1 / 51.422),
+        ("eV/Å, divided by 96.485 once too often", 1 / 96.485),
+    ],
+)
+def test_a_wrong_force_unit_is_named(data, cg_map, unit, factor):
+    fault = only_fault(check(changed(data, forces=data.forces * factor), cg_map, T))
+    assert fault.title == "unit of the forces"
+    assert f"in {unit} would" in fault.detail
+    assert float(fault.cure.split()[4]) == pytest.approx(factor, rel=1e-3)
+
+
+def test_gradients_instead_of_forces(data, cg_map):
+    fault = only_fault(check(changed(data, forces=-data.forces), cg_map, T))
+    assert "gradients" in fault.detail
+    fault = only_fault(check(changed(data, forces=-9 * data.forces), cg_map, T))
+    assert fault.title == "sign of the forces"
+
+
+@pytest.mark.parametrize("true", [270.0, 320.0, 450.0])
+def test_a_wrong_temperature_is_measured(cg_map, true):
+    fault = only_fault(check(draw(temperature_K=true), cg_map, T))
+    assert fault.title == "temperature"
+    assert float(fault.detail.split("say ")[1].split()[0]) == pytest.approx(true, rel=0.02)
+
+
+def test_forces_of_other_frames(data, cg_map):
+    fault = only_fault(check(changed(data, forces=np.roll(data.forces, 7, axis=0)), cg_map, T))
+    assert fault.level == "error"
+
+
+def test_positions_in_nm(data, cg_map):
+    found = faults(check(changed(data, positions=data.positions / 10), cg_map, T))
+    assert found[0].title == "unit of the positions"
+    assert "multiply the positions by 10" in found[0].cure
+
+
+def test_another_potential(data, cg_map):
+    class Other(Springs):
+        def __call__(self, positions):
+            energy, forces = super().__call__(positions)
+            return energy, forces + 0.1 * np.sin(positions)
+
+    assert "another force field" in only_fault(check(data, cg_map, T, Other())).detail
+    kcal = changed(data, forces=data.forces * units.mol / units.kcal)
+    assert "larger by 23.06" in check(kcal, cg_map, T, Springs())[-2].detail
+
+
+def test_energies_in_another_unit_and_a_harmless_shift(data, cg_map):
+    wrong = changed(data, energy=data.energy * 96.485)
+    assert "energies" in only_fault(check(wrong, cg_map, T, Springs())).detail
+    shifted = changed(data, energy=data.energy + 100.0)
+    assert faults(check(shifted, cg_map, T, Springs())) == []
+
+
+def test_a_potential_that_is_not_finite(data, cg_map):
+    class Broken(Springs):
+        def __call__(self, positions):
+            energy, forces = super().__call__(positions)
+            return energy + np.inf, forces * 0
+
+    assert "isn't finite" in only_fault(check(data, cg_map, T, Broken())).detail
+
+
+def test_missing_forces_are_a_warning(data, cg_map):
+    fault = only_fault(check(changed(data, forces=None), cg_map, T))
+    assert (fault.level, fault.title) == ("warning", "no forces")
+
+
+def test_rigid_bonds(data, cg_map):
+    positions = data.positions.copy()
+    arm = positions[:, 1] - positions[:, 0]
+    positions[:, 1] = positions[:, 0] + 1.5 * arm / np.linalg.norm(arm, axis=1, keepdims=True)
+    fault = only_fault(check(changed(data, positions=positions), cg_map, T))
+    assert fault.title == "rigid bonds"
+    assert "1 of 4 bonds" in fault.detail
+    assert "C1-C2" in fault.detail
+
+
+def test_a_molecule_split_by_a_box(data, cg_map):
+    positions = data.positions.copy()
+    positions[2000:, 3:] += 20.0
+    found = faults(check(changed(data, positions=positions), cg_map, T))
+    assert found[0].title == "broken molecule"
+    assert "C3-C4" in found[0].detail
+
+
+def test_atoms_that_the_map_misses(topology):
+    parts = Topology(names=topology.names, masses=topology.masses, bonds=[(0, 1), (1, 2), (3, 4)])
+    found = faults(check(draw(), CGMap.from_slices(parts, [0, 2]), T))
+    assert [fault.title for fault in found] == ["number of molecules", "atoms without a bead"]
+    assert "MOL:C4, MOL:C5" in found[1].detail
+
+
+def test_a_map_that_training_does_not_support(data, topology):
+    groups = CGMap.from_groups(topology, [[0, 1], [2, 3, 4]], weighting="geometry")
+    assert only_fault(check(data, groups, T)).title == "kind of mapping"
+
+
+def test_another_number_of_atoms(data, cg_map):
+    fault = only_fault(check(ReferenceData(data.positions[:, :4]), cg_map, T))
+    assert fault.title == "number of atoms"
+
+
+def test_few_frames_and_slow_sampling(data, cg_map):
+    assert only_fault(check(data[:500], cg_map, T)).title == "few frames"
+    slow = data[np.repeat(np.arange(40), 100)]
+    assert "slow sampling" in [fault.title for fault in faults(check(slow, cg_map, T))]

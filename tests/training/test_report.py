@@ -1,0 +1,234 @@
+"""The report: figures from arrays, verdicts against data of known quality, one closed page."""
+
+import base64
+import re
+
+import numpy as np
+import pytest
+
+from ccg_training import figures, figures_run
+from ccg_training.report import PLATES, ReportError, read_metrics, render, write_report
+from ccg_training.report_data import ReportData
+from ccg_training.verdicts import headline, judge
+
+KT = 8.617333e-5 * 300
+
+
+def torsions(rng, n, shift=0.0):
+    basin = rng.random(n) < 0.7
+    phi = np.where(basin, rng.vonmises(-1.4 + shift, 8, n), rng.vonmises(1.0 + shift, 8, n))
+    return np.stack([phi, rng.vonmises(2.0, 4, n)], axis=1)
+
+
+def made(n=40_000, **changes):
+    """Data of a model that is right in every respect."""
+    rng = np.random.default_rng(0)
+    bonds = rng.normal([1.33, 1.47], 0.03, (n, 2))
+    angles = rng.normal(2.1, 0.05, (n, 1))
+    values = dict(
+        name="two <basins>",
+        torsion_names=("φ", "ψ"),
+        torsions_reference=torsions(rng, n),
+        torsions_beads=torsions(rng, n),
+        torsions_atomistic=torsions(rng, n),
+        log_weights=rng.normal(-700, 0.3, n),
+        bond_names=("C-N", "N-CA"),
+        bonds_reference=bonds,
+        bonds_beads=rng.permutation(bonds),
+        angle_names=("C-N-CA",),
+        angles_reference=angles,
+        angles_beads=rng.permutation(angles),
+        energy_reference=rng.normal(-1, 0.1, n),
+        energy_atomistic=rng.normal(-1, 0.1, n),
+        ess=rng.beta(9, 2, 400),
+        ess_iteration=np.repeat([1, 2], 200),
+        ess_rare=np.arange(400) % 10 == 0,
+        label_variance_slice=rng.lognormal(0, 0.3, 200),
+        label_variance=rng.lognormal(-7, 0.3, 200),
+        stage_names=("reference data", "fit flow", "reconstruct"),
+        stage_iteration=np.array([0, 0, 1]),
+        stage_seconds=np.array([10.0, 20, 3]),
+        stage_calls=np.array([1e6, 0, 5e4]),
+        picture_beads=np.eye(4)[:, :3],
+        picture_bead_bonds=np.array([[0, 1], [1, 2]]),
+        picture_atoms=rng.normal(size=(3, 5, 3)),
+        picture_atom_bonds=np.array([[0, 1], [1, 2], [2, 3], [3, 4]]),
+        picture_elements=("C", "N", "O", "H", "Zn"),
+    )
+    return ReportData(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def good():
+    return made()
+
+
+def answers(data):
+    return {verdict.claim: verdict.answer for verdict in judge(data)}
+
+
+def test_a_right_model_is_trusted_for_everything(good):
+    verdicts = judge(good)
+    assert {verdict.answer for verdict in verdicts} == {"yes"}, verdicts
+    assert headline(verdicts).startswith("Trust this model for free energies from bead dynamics, ")
+    assert "noise floor" in verdicts[0].reason
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes"),
+    [
+        ("Free energies from bead dynamics", {"torsions_beads": "shifted"}),
+        ("Free energies from reweighted atoms", {"torsions_atomistic": "shifted"}),
+        ("Bead bonds and angles", {"bonds_beads": 1.5}),
+        ("Atoms on common bead states", {"ess": 0.05}),
+        ("Atoms on rare bead states", {"ess": 0.05}),
+        ("All-atom energies after reweighting", {"energy_atomistic": 3 * KT}),
+        ("Mean-force labels", {"label_variance": 5.0}),
+    ],
+)
+def test_each_claim_fails_with_its_own_data(good, claim, changes):
+    (name, change), *_ = changes.items()
+    value = getattr(good, name)
+    if change == "shifted":
+        value = torsions(np.random.default_rng(5), len(value), shift=0.6)
+    elif name in ("ess", "label_variance"):
+        value = np.full_like(value, change)
+    elif name == "energy_atomistic":
+        value = value + change
+    else:
+        value = value.mean(axis=0) + change * (value - value.mean(axis=0))
+    assert answers(made(**{name: value}))[claim] == "no"
+
+
+def test_few_samples_are_never_a_firm_yes():
+    rng = np.random.default_rng(1)
+    verdict = judge(made(torsions_beads=torsions(rng, 60)))[0]
+    assert verdict.answer != "yes"
+
+
+def test_correlated_samples_raise_the_floor_until_bins_are_coarser(good):
+    def floor_and_bins(data):
+        found = re.search(r"samples is ([\d.]+) \((\d+) bins", judge(data)[0].reason)
+        return float(found[1]), int(found[2])
+
+    floor, bins = floor_and_bins(good)
+    assert bins == 64
+    correlated = floor_and_bins(made(independent_reference=25e3, independent_beads=25e3))
+    assert correlated[0] == pytest.approx(floor * 40 / 25, rel=0.2)
+    assert floor_and_bins(made(independent_reference=9e3, independent_beads=9e3))[1] == 32
+
+
+def test_reconstructions_of_one_state_count_once(good):
+    """Every frame four times, as four reconstructions: no figure may gain from that."""
+    few, again = {}, {}
+    for name in ("torsions_atomistic", "log_weights", "energy_atomistic"):
+        few[name] = getattr(good, name)[:10_000]
+        again[name] = np.repeat(few[name], 4, axis=0)
+    again["atomistic_state"] = np.repeat(np.arange(10_000), 4)
+    once, repeated = judge(made(**few)), judge(made(**again))
+    for claim in (4, 5):
+        assert once[claim].reason.split("Effective")[0] == repeated[claim].reason.split("Eff")[0]
+
+
+def test_iterations_may_have_names():
+    data = made(ess_labels=("1", "held out"))
+    assert "(held out)" in judge(data)[2].reason
+    assert "held out" in figures.effective_sizes(data).axes[0].get_xlabel()
+
+
+def test_reweighting_is_used():
+    """Draw from a shifted ensemble with its exact weights: right after reweighting only."""
+    rng = np.random.default_rng(2)
+    energy = rng.normal(-0.95, 0.1, 40_000)
+    log_weights = -(((energy + 1) ** 2) - (energy + 0.95) ** 2) / (2 * 0.1**2)
+    claim = "All-atom energies after reweighting"
+    assert answers(made(energy_atomistic=energy, log_weights=log_weights))[claim] == "yes"
+    assert answers(made(energy_atomistic=energy))[claim] == "no"
+
+
+def test_missing_data_are_said_to_be_missing():
+    verdicts = judge(ReportData())
+    assert {verdict.answer for verdict in verdicts} == {"not measured"}
+    assert headline(verdicts).startswith("Not measured: ")
+    assert all(plate.draw(ReportData()) is None for plate in PLATES)
+    assert "not measured" in render(ReportData(), [])
+
+
+def test_report_data_round_trip(good, tmp_path):
+    good.save(tmp_path / "d.npz")
+    again = ReportData.load(tmp_path / "d.npz")
+    assert (again.name, again.torsion_names, again.temperature_K) == (good.name, ("φ", "ψ"), 300.0)
+    np.testing.assert_array_equal(again.ess_rare, good.ess_rare)
+    np.testing.assert_array_equal(again.torsions_beads, good.torsions_beads)
+
+
+def test_lengths_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError, match="one row per reconstructed frame"):
+        ReportData(log_weights=np.zeros(3), energy_atomistic=np.zeros(4))
+
+
+def test_the_page_is_one_closed_file(good, tmp_path):
+    good.save(tmp_path / "report_data.npz")
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "fit", "nll": 69.8}\n{"stage": "cu')
+    (tmp_path / "config.toml").write_text("[system]\n# a < b\n")
+    page = write_report(tmp_path).read_text()
+    assert page.index("Trust this model") < page.index("<img")
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "two &lt;basins&gt;" in page
+    assert "a &lt; b" in page
+    assert "nll=69.8" in page
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == len(PLATES)
+    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    assert len(list((tmp_path / "figures").iterdir())) == len(PLATES)
+
+
+def test_a_run_without_data_is_an_error(tmp_path):
+    with pytest.raises(ReportError, match=r"report_data\.npz"):
+        write_report(tmp_path)
+
+
+def test_broken_metrics_are_an_error_unless_at_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"b"')
+    assert read_metrics(path) == [{"a": 1}]
+    path.write_text('{"b"\n{"a": 1}\n')
+    with pytest.raises(ReportError, match="line 1"):
+        read_metrics(path)
+
+
+def test_one_torsion_is_drawn_as_a_profile(good):
+    one = made(
+        torsion_names=("φ",),
+        torsions_reference=good.torsions_reference[:, :1],
+        torsions_beads=good.torsions_beads[:, :1],
+        torsions_atomistic=good.torsions_atomistic[:, :1],
+    )
+    figure = figures.free_energy_maps(one)
+    assert [line.get_label() for line in figure.axes[0].lines] == [
+        "reference",
+        "bead dynamics",
+        "reweighted atoms",
+    ]
+    assert set(answers(one).values()) == {"yes"}
+
+
+def test_maps_show_the_free_energy_that_was_put_in(good):
+    panel = figures.free_energy_maps(good).axes[0]
+    energy = panel.images[0].get_array().filled(np.nan)
+    row, column = np.unravel_index(np.nanargmin(energy), energy.shape)
+    bins = len(energy)
+    phi, psi = ((np.array([column, row]) + 0.5) / bins) * 2 * np.pi - np.pi
+    assert abs(phi + 1.4) < 0.2
+    assert abs(psi - 2.0) < 0.2
+
+
+def test_the_picture_is_not_mirrored():
+    """Signed volume of four beads, seen along z towards the viewer, keeps its sign."""
+    beads = np.array([[0.0, 0, 0], [2, 0, 0], [0, 1.5, 0], [0, 0, 1.0]])
+    data = made(picture_beads=beads, picture_atoms=beads[None], picture_atom_bonds=np.zeros((0, 2)))
+    figure = figures_run.picture(data)
+    drawn = figure.axes[0].collections[-1].get_offsets().data
+    a, b = drawn[1] - drawn[0], drawn[2] - drawn[0]
+    assert a[0] * b[1] - a[1] * b[0] != 0
+    assert len(figure.axes) == 3

@@ -1,0 +1,268 @@
+"""The command line: ``ccg init``, ``check``, ``train``, ``report``, ``info`` and ``backmap``.
+
+Imports that take time stay inside the commands, so that ``ccg --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import linecache
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise SystemExit(f"ccg needs {error.name}: pip install 'ccg[train]'") from None
+
+if TYPE_CHECKING:
+    from ccg_ase.topology import Topology
+
+app = typer.Typer(
+    help="Cycle Coarse Graining: train bead force fields and exact-density backmapping.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
+INTERRUPTED = 130  # shells' code for a program that SIGINT ended
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file of the run.")]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Model file (*.ccg).")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"ccg {version('ccg')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the program itself; typer calls this before a command."""
+
+
+@contextmanager
+def _plain_errors(interrupted: str = "") -> Iterator[None]:
+    """Print errors that ccg raises on purpose in one line, with exit code 2.
+
+    Other exceptions are bugs, and keep their traceback.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"[yellow]interrupted[/] {interrupted}".rstrip())
+        raise typer.Exit(INTERRUPTED) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ccg_"):
+            raise
+        console.print(f"[red]error:[/] {error.name} is not installed: pip install 'ccg\\[train]'")
+        raise typer.Exit(2) from None
+    except (ValueError, NotImplementedError, OSError) as error:
+        if not _on_purpose(error):
+            raise
+        for line in str(error).splitlines():
+            console.print(f"[red]error:[/] {escape(line)}")
+        raise typer.Exit(2) from None
+
+
+def _on_purpose(error: Exception) -> bool:
+    """Tell whether a `raise` statement of ours made the error, or the file system did."""
+    if isinstance(error, OSError):
+        return True
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    if step is None:
+        return False
+    frame = step.tb_frame
+    ours = frame.f_globals.get("__name__", "").startswith(("ccg_ase", "ccg_mda", "ccg_training"))
+    line = linecache.getline(frame.f_code.co_filename, step.tb_lineno)
+    return ours and line.lstrip().startswith("raise")
+
+
+def _print(*things: object) -> None:
+    Console(highlight=False).print(*things, soft_wrap=True)
+
+
+@app.command()
+def init(
+    topology: Annotated[Path, typer.Argument(help="PDB file with all atoms and hydrogens.")],
+    forcefield: Annotated[
+        list[str] | None,
+        typer.Option(help="OpenMM force-field XML name or file; repeat for several."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path(
+        "cycle.toml"
+    ),
+) -> None:
+    """Write a commented TOML file for a molecule, after trying its mapping and force field."""
+    with _plain_errors():
+        if output.exists():
+            raise FileExistsError(f"{output} exists; give another name with --output")
+        from .system import first_config, mapping_of, potential_of
+
+        config = first_config(topology, forcefield, output.resolve().parent)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cg_map = mapping_of(config)
+            potential_of(config)
+        output.write_text(config.to_toml(root=output.resolve().parent), encoding="utf-8")
+        _print(f"{cg_map.n_atoms} atoms, {cg_map.n_beads} beads: {' '.join(cg_map.beads.names)}")
+        _print(f"wrote {output}. Edit it, then: [bold]ccg check {output}[/], ccg train {output}")
+
+
+@app.command()
+def check(config: ConfigFile) -> None:
+    """Check the configuration and, where there are any, the reference data."""
+    with _plain_errors():
+        from .config import Config
+        from .system import check_system
+
+        loaded = Config.load(config)
+        findings = check_system(loaded)
+        for finding in findings:
+            _print(f"{MARKS[finding.level]} [bold]{finding.title}[/]: {escape(finding.detail)}")
+            if finding.cure:
+                _print(f"        → {escape(finding.cure)}")
+        if any(finding.level == "error" for finding in findings):
+            raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move a run that is there aside, and begin again.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Run the cycle: reference data, flow, force field, and their iterations."""
+    with _plain_errors(f"– continue with: ccg train {config} --resume"):
+        from .config import Config
+        from .run_directory import prepare_run
+
+        loaded = Config.load(config)
+        directory = prepare_run(loaded, resume=resume, fresh=fresh)
+        from .cycle import run_cycle
+        from .progress import Progress
+
+        with Progress(quiet=quiet) as progress:
+            run_cycle(loaded, progress)
+        if not quiet:
+            _print(f"model: {directory / 'model.ccg'}")
+            _print(f"report: {directory / 'report.html'}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+) -> None:
+    """Write the HTML report of a run."""
+    with _plain_errors():
+        from .report import write_report
+
+        _print(f"wrote {write_report(run)}")
+
+
+@app.command()
+def info(
+    model: ModelPath,
+    placement: Annotated[
+        bool, typer.Option("--placement", help="Show how every atom is placed.")
+    ] = False,
+) -> None:
+    """Show what a model file holds: mapping, temperature, prior, provenance, metrics."""
+    with _plain_errors():
+        from ccg_ase.checkpoint import load_model
+
+        loaded = load_model(model)
+        cg_map = loaded.cg_map
+        _print(f"[bold]{model.name}[/]: format {loaded.version}, {loaded.temperature_K:g} K")
+        _print(f"parts: {', '.join(sorted(loaded.configs)) or 'none'}")
+        _print(f"map {cg_map.fingerprint()}: {cg_map.n_atoms} atoms, {cg_map.n_beads} beads")
+        beads = [
+            {
+                "bead": f"{index} {name}",
+                "mass (Da)": f"{cg_map.beads.masses[index]:.3f}",
+                "made of": _labels(cg_map.atoms, cg_map.atom_index[cg_map.bead_index == index]),
+                "owns": _labels(cg_map.atoms, (cg_map.owner == index).nonzero()[0]),
+            }
+            for index, name in enumerate(cg_map.beads.names)
+        ]
+        _print(_table("mapping", beads))
+        if "force_field" in loaded.configs:
+            from ccg_ase.forcefield import ForceField
+
+            _print(_table("prior", ForceField.from_model(loaded).prior.table()))
+        if placement:
+            from ccg_mda.flow import Backmapper
+
+            rows = Backmapper.from_model(loaded).placement.table(cg_map)
+            _print(_table("placement", rows))
+        for title, values in (("provenance", loaded.provenance), ("metrics", loaded.metrics)):
+            if values:
+                _print(_table(title, [{"key": k, "value": v} for k, v in values.items()]))
+
+
+def _labels(topology: Topology, atoms: Iterable[int]) -> str:
+    return " ".join(
+        f"{topology.resnames[i]}{topology.resids[i]}:{topology.names[i]}" for i in atoms
+    )
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="dim")
+    for column in rows[0] if rows else ():
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(escape(_cell(value)) for value in row.values()))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "-".join(str(item) for item in value)
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def backmap(
+    model: ModelPath,
+    beads: Annotated[Path, typer.Argument(metavar="BEADS", help="Bead trajectory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Atomistic file: XTC, TRR, PDB ...")],
+    n_samples: Annotated[int, typer.Option(min=1, help="Reconstructions per bead frame.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed: same atoms.")] = 0,
+    energies: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="TOML file whose [potential] gives energies, weights."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+) -> None:
+    """Put atoms on a bead trajectory; densities and weights go to OUT with the ending .npz."""
+    with _plain_errors():
+        from .backmap_file import backmap_file
+
+        _print(
+            backmap_file(
+                model, beads, out, n_samples=n_samples, seed=seed, config=energies, force=force
+            )
+        )

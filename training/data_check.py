@@ -1,0 +1,293 @@
+"""Find what is wrong with reference data before hours of training show it.
+
+The central test is generalised equipartition (`equipartition.py`): a wrong force unit, a sign, a
+wrong temperature, constraints or forces of other frames all break it, whatever the potential.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from ase import units
+
+from ccg_ase.mapping import CGMap
+
+from .equipartition import equipartition_ratio
+from .metrics import independent_samples
+from .reference import ReferenceData
+
+if TYPE_CHECKING:
+    from ccg_mda.potential import Potential
+
+Level = Literal["ok", "warning", "error"]
+
+_KJ, _KCAL = units.mol / units.kJ, units.mol / units.kcal
+# What forces look like, relative to eV/Å, when they are written in another unit.
+FORCE_UNITS = {
+    "kJ/mol/Å": _KJ,
+    "kcal/mol/Å": _KCAL,
+    "kJ/mol/nm": 10 * _KJ,
+    "kcal/mol/nm": 10 * _KCAL,
+    "eV/nm": 10.0,
+    "Hartree/bohr": units.Bohr / units.Hartree,
+    "eV/Å, divided by 96.485 once too often": 1 / _KJ,
+}
+MAX_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of the check: what was seen, why that matters, what to do."""
+
+    level: Level
+    title: str
+    detail: str
+    cure: str = ""
+
+
+def check(
+    data: ReferenceData,
+    cg_map: CGMap,
+    temperature_K: float,
+    potential: Potential | None = None,
+) -> list[Finding]:
+    """Check reference data against a mapping, a temperature and, where given, a potential.
+
+    Parameters
+    ----------
+    data
+        Reference frames.
+    cg_map
+        The mapping that will be trained.
+    temperature_K
+        Temperature that the data are said to have.
+    potential
+        Potential that the data are said to come from; it is called for five frames.
+
+    Returns
+    -------
+    list of Finding
+        In the order of the checks; takes seconds.
+    """
+    if data.n_atoms != cg_map.n_atoms:
+        return [
+            Finding(
+                "error",
+                "number of atoms",
+                f"the data have {data.n_atoms} atoms, the mapping has {cg_map.n_atoms}",
+                "use the topology that the data were made with",
+            )
+        ]
+    findings = [*check_mapping(cg_map), *_geometry(data, cg_map)]
+    rigid = any(finding.title == "rigid bonds" for finding in findings)
+    if data.forces is None:
+        findings.append(
+            Finding(
+                "warning",
+                "no forces",
+                "the data hold positions only: the potential has to compute the forces, one call a "
+                "frame, and nothing shows whether it is the one that made the data",
+                'write TRR or H5MD with forces, give forces_file, or use source = "generate"',
+            )
+        )
+    elif not rigid:  # constraint forces are not in the data, so the theorem doesn't apply
+        findings.append(_virial(data, cg_map, temperature_K))
+    if potential is not None:
+        findings.append(_potential(data, potential))
+    findings.append(_sampling(data, cg_map))
+    return findings
+
+
+def check_mapping(cg_map: CGMap) -> Iterator[Finding]:
+    """Check that training can use a map; needs no data."""
+    if cg_map.kind != "slice":
+        yield Finding(
+            "error",
+            "kind of mapping",
+            f"this is a '{cg_map.kind}' map; training supports slice maps, where a bead is an atom",
+            "select one atom per bead, for example one 'name CA' per residue",
+        )
+    molecules = cg_map.atoms.molecules.max() + 1
+    if molecules > 1:
+        yield Finding(
+            "error",
+            "number of molecules",
+            f"the bonds connect the atoms to {molecules} separate molecules; training supports one",
+            "keep one molecule in the topology (no water, no ions), or add missing bonds",
+        )
+    (lost,) = np.nonzero(cg_map.owner < 0)
+    if len(lost):
+        names = [f"{cg_map.atoms.resnames[i]}:{cg_map.atoms.names[i]}" for i in lost[:MAX_NAMED]]
+        yield Finding(
+            "error",
+            "atoms without a bead",
+            f"{len(lost)} atoms are not connected to any bead: {', '.join(names)}"
+            + (" ..." if len(lost) > MAX_NAMED else ""),
+            "add a bead to their molecule, or leave them out of the topology",
+        )
+    if cg_map.kind == "slice" and molecules == 1 and not len(lost):
+        yield Finding(
+            "ok",
+            "mapping",
+            f"{cg_map.n_atoms} atoms, {cg_map.n_beads} beads: {', '.join(cg_map.beads.names[:20])}",
+        )
+
+
+def _geometry(data: ReferenceData, cg_map: CGMap) -> Iterator[Finding]:
+    bonds = cg_map.atoms.bonds
+    if not len(bonds):
+        return
+    few = data.positions[:: max(1, len(data) // 2000)]
+    lengths = np.linalg.norm(few[:, bonds[:, 0]] - few[:, bonds[:, 1]], axis=-1)
+    typical = float(np.median(lengths))
+    for unit, factor in (("nm", 10.0), ("pm", 0.01), ("bohr", units.Bohr)):
+        if not 0.8 < typical < 1.95 and 0.8 < typical * factor < 1.95:
+            yield Finding(
+                "error",
+                "unit of the positions",
+                f"the median bond is {typical:.3g} Å; this is right if the positions are in {unit}",
+                f"multiply the positions by {factor:.4g} to have Å",
+            )
+            return
+    if lengths.max() > max(3.0, 2 * typical):
+        bond = lengths.max(axis=0).argmax()
+        i, j = (cg_map.atoms.names[k] for k in bonds[bond])
+        yield Finding(
+            "error",
+            "broken molecule",
+            f"bond {i}-{j} is up to {lengths.max():.1f} Å long: the molecule is split by a "
+            "periodic box, or the bonds belong to another molecule",
+            "make the molecule whole (gmx trjconv -pbc mol, or MDAnalysis unwrap)",
+        )
+    rigid = bonds[lengths.std(axis=0) < 1e-4]
+    if len(rigid) and len(few) > 1:
+        names = ["-".join(cg_map.atoms.names[k] for k in bond) for bond in rigid[:MAX_NAMED]]
+        yield Finding(
+            "error",
+            "rigid bonds",
+            f"{len(rigid)} of {len(bonds)} bonds never change (sd < 1e-4 Å): {', '.join(names)}"
+            f"{' ...' if len(rigid) > MAX_NAMED else ''}. Data with constraints follow another "
+            "distribution than the flexible potential, and hold no constraint forces",
+            "simulate without constraints, at a time step of 1 fs or less",
+        )
+
+
+def _virial(data: ReferenceData, cg_map: CGMap, temperature_K: float) -> Finding:
+    ratio, error = equipartition_ratio(data.positions, data.forces, cg_map.atoms, temperature_K)
+    tolerance = max(4 * error, 0.02)
+    seen = f"-<v.f> / kT<div v> = {ratio:.4g} ± {error:.1g}, expected 1"
+    if abs(ratio - 1) <= tolerance:
+        return Finding("ok", "forces fit the temperature", seen)
+    if ratio < 0:
+        sign = "they look like gradients" if abs(ratio + 1) <= tolerance else "sign or unit"
+        return Finding(
+            "error",
+            "sign of the forces",
+            f"{seen}; {sign}",
+            "multiply the forces by -1" if "grad" in sign else "check how the forces were written",
+        )
+    unit, factor = min(FORCE_UNITS.items(), key=lambda item: abs(np.log(ratio / item[1])))
+    if abs(np.log(ratio / factor)) < 0.3:
+        return Finding(
+            "error",
+            "unit of the forces",
+            f"{seen}; forces in {unit} would give {factor:.4g}",
+            f"divide the forces by {factor:.6g} to have eV/Å",
+        )
+    if 0.5 < ratio < 2:
+        implied = temperature_K * ratio
+        return Finding(
+            "error",
+            "temperature",
+            f"{seen}; the forces say {implied:.1f} ± {temperature_K * error:.1g} K, "
+            f"not {temperature_K:g} K",
+            f"set temperature_K = {implied:.0f}, or look for constraints, restraints and forces "
+            "that were averaged or belong to other frames",
+        )
+    return Finding(
+        "error",
+        "forces don't belong to the positions",
+        f"{seen}, and no usual unit explains it",
+        "check that forces and positions are of the same frames, atoms and order of atoms",
+    )
+
+
+def _potential(data: ReferenceData, potential: Potential) -> Finding:
+    picked = data[np.unique(np.linspace(0, len(data) - 1, 5).astype(int))]
+    energy, forces = potential(picked.positions)
+    if not np.isfinite(energy).all():
+        return Finding(
+            "error",
+            "potential",
+            "the potential isn't finite on the data",
+            "check the order of the atoms in the topology of the potential and of the data",
+        )
+    parts = []
+    if picked.forces is not None:
+        factor = float((forces * picked.forces).sum() / (forces**2).sum())
+        rest = picked.forces - factor * forces
+        off = float(np.sqrt((rest**2).mean() / (forces**2).mean()))
+        if off > 0.01 * abs(factor) or abs(factor - 1) > 0.01:
+            cause = "another force field, cut-off or order of atoms"
+            if off < 0.01 * abs(factor):
+                cause = f"another unit: all forces are larger by {factor:.5g}"
+            return Finding(
+                "error",
+                "potential",
+                f"recomputed forces of {len(picked)} frames differ from the stored ones "
+                f"(slope {factor:.4g}, relative rest {off:.2g}): {cause}",
+                "use the force field that made the data, in eV/Å",
+            )
+        parts.append(f"forces to {max(off, abs(factor - 1)):.1g}")
+    if picked.energy is not None:
+        shift = picked.energy - energy
+        spread = float(np.ptp(shift))
+        if spread > 0.02 * max(float(np.ptp(energy)), 0.1):
+            return Finding(
+                "error",
+                "potential",
+                f"recomputed energies of {len(picked)} frames differ from the stored ones by "
+                f"{shift.min():.3g} to {shift.max():.3g} eV; only a constant shift is harmless",
+                "use the force field that made the data, with energies in eV",
+            )
+        parts.append(f"energies to {spread:.1g} eV, shift {shift.mean():.3g} eV")
+    if not parts:
+        return Finding("ok", "potential", "evaluates the data; no stored values to compare with")
+    return Finding("ok", "potential", f"reproduces {len(picked)} frames: {', '.join(parts)}")
+
+
+def _sampling(data: ReferenceData, cg_map: CGMap) -> Finding:
+    """Say how many independent values the slowest bead distance has."""
+    if len(data) < 1000:
+        return Finding(
+            "warning",
+            "few frames",
+            f"{len(data)} frames; below some thousand the backmapper learns them by heart",
+            "store more frames, or simulate longer",
+        )
+    beads = cg_map.apply(data.positions)
+    i, j = np.triu_indices(cg_map.n_beads, 2)
+    if not len(i):
+        i, j = np.triu_indices(cg_map.n_beads, 1)
+    pick = np.unique(np.linspace(0, len(i) - 1, 12).astype(int)) if len(i) else []
+    independent, slowest = float(len(data)), ""
+    for a, b in zip(i[pick], j[pick], strict=True):
+        distance = np.linalg.norm(beads[:, a] - beads[:, b], axis=-1)
+        count = sum(
+            independent_samples(distance[data.walker == walker])
+            for walker in np.unique(data.walker)
+        )
+        if count < independent:
+            independent = count
+            slowest = f" ({cg_map.beads.names[a]}-{cg_map.beads.names[b]})"
+    detail = (
+        f"{len(data)} frames of {len(np.unique(data.walker))} walkers; the slowest bead "
+        f"distance{slowest} has about {independent:.0f} independent values"
+    )
+    if independent < 100:
+        cure = "simulate longer or with more walkers; frames stored more often don't help"
+        return Finding("warning", "slow sampling", detail, cure)
+    return Finding("ok", "sampling", detail)

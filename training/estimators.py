@@ -1,0 +1,304 @@
+"""What the samples of a backmapper say about a bead state s: estimates and their errors.
+
+S bead states, K samples each; every array of samples is (S, K, ...). A sample x of q(x|s) has the
+log-weight l = -U(x)/kT - ln q(x|s), and Z(s) = ∫ exp(-U/kT) dx over the fibre of s, so that
+F(s) = -kT ln Z(s) and E_q[exp l] = Z(s). With w̄ the weights normalised to one over the K samples,
+every estimate below is a smooth function of means over samples, and its standard error is the
+linearised one (delta method): sqrt(K/(K-1) Σ_k ψ_k²), with ψ_k the first-order change that sample
+k makes. Weights are never clipped. A sample of non-finite energy has weight zero.
+
+Sources: importance sampling with self-normalised weights (Owen, Monte Carlo theory, ch. 9); the
+pseudo-marginal principle (Andrieu & Roberts 2009); numbering E1-E6 as in the project's theory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from ase import units
+
+from ccg_ase.units import thermal_energy
+from ccg_mda.weights import effective_sample_size, log_mean_exp, weighted_average
+
+KJ_PER_MOL_PER_EV = units.mol / units.kJ
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error, arrays of one shape."""
+
+    value: np.ndarray
+    error: np.ndarray
+
+
+def normalised_weights(log_weight: np.ndarray) -> np.ndarray:
+    """Weights w̄ that sum to one over the last axis; all zero where no sample has weight."""
+    top = log_weight.max(-1, keepdims=True)
+    weight = np.exp(log_weight - np.where(np.isfinite(top), top, 0.0))
+    return weight / np.maximum(weight.sum(-1, keepdims=True), np.finfo(float).tiny)
+
+
+def _error(influence: np.ndarray) -> np.ndarray:
+    """Linearised standard error sqrt(K/(K-1) Σ_k ψ_k²) of influences (S, K, ...)."""
+    K = _n_samples(influence)
+    return np.sqrt(K / (K - 1) * (influence**2).sum(1))
+
+
+def _n_samples(array: np.ndarray) -> int:
+    if array.ndim < 2 or array.shape[1] < 2:
+        raise ValueError(f"an error bar needs arrays (S, K, ...) with K >= 2, got {array.shape}")
+    return array.shape[1]
+
+
+def _weighted(log_weight: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean over samples, (S, ...), and influences w̄ (v - mean), (S, K, ...).
+
+    NaN where no sample has weight; an infinite energy of weight zero counts for nothing.
+    """
+    weight = normalised_weights(log_weight).reshape(*values.shape[:2], *[1] * (values.ndim - 2))
+    values = np.where(weight > 0, values, 0.0)
+    mean = np.where(weight.any(1), (weight * values).sum(1), np.nan)
+    return mean, weight * (values - mean[:, None])
+
+
+def log_partition(log_weight: np.ndarray) -> Estimate:
+    """Estimate ln Z(s) (E2): ln of the mean weight, plus its first-order bias (1/ESS - 1)/2K.
+
+    ψ_k = w̄_k - 1/K, that is a variance of (1/ESS - 1)/(K - 1), with ESS the effective sample size
+    as a fraction. Z itself is estimated without bias by ``exp(log_mean_exp(log_weight)[0])``.
+
+    Parameters
+    ----------
+    log_weight
+        l, (S, K).
+
+    Returns
+    -------
+    Estimate
+        (S,) each; -inf and infinity where no sample has weight.
+    """
+    _n_samples(log_weight)
+    value, variance = log_mean_exp(log_weight, axis=1)
+    empty = np.isneginf(value)
+    return Estimate(
+        np.where(empty, value, value + variance / 2), np.where(empty, np.inf, np.sqrt(variance))
+    )
+
+
+def free_energy(log_weight: np.ndarray, temperature_K: float) -> Estimate:
+    """F(s) = -kT ln Z(s), (S,), eV; all states share one zero."""
+    kT = thermal_energy(temperature_K)
+    log_z = log_partition(log_weight)
+    return Estimate(-kT * log_z.value, kT * log_z.error)
+
+
+def mean_force(log_weight: np.ndarray, labels: np.ndarray) -> Estimate:
+    """-∂F/∂s from labels with self-normalised weights (E3a); ψ_k = w̄_k (f_k - f).
+
+    With the labels of `pull_back` the value is exactly kT ∂/∂s ln Ẑ_K at fixed noise. Its bias is
+    of order (1 - ESS)/K times the spread of the labels. Where one sample has nearly all the weight
+    the error is far too small: gate such states (`labels.accept`) before use.
+
+    Parameters
+    ----------
+    log_weight
+        l, (S, K).
+    labels
+        (S, K, n_beads, 3), eV/Å: `Samples.labels` or `Samples.slice_labels`.
+
+    Returns
+    -------
+    Estimate
+        (S, n_beads, 3), eV/Å.
+    """
+    value, influence = _weighted(log_weight, labels)
+    return Estimate(value, _error(influence))
+
+
+def label_variance(log_weight: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Variance of a single label at fixed s per Cartesian component, (S,), (eV/Å)².
+
+    Σ_k w̄_k (f_k - f)² / (1 - Σ_k w̄_k²), averaged over components; it reads too low where the
+    effective sample size is a few percent.
+    """
+    _, influence = _weighted(log_weight, labels)
+    weight = normalised_weights(log_weight)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        squares = np.where(weight > 0, (influence**2).mean((-1, -2)) / weight, 0.0)
+        return squares.sum(1) / (weight.sum(1) - (weight**2).sum(1))
+
+
+def to_kJ_per_mol(variance_eV2: np.ndarray) -> np.ndarray:
+    """Convert a variance from (eV/Å)² to (kJ/mol/Å)²."""
+    return np.asarray(variance_eV2) * KJ_PER_MOL_PER_EV**2
+
+
+class Thermodynamics(NamedTuple):
+    """F(s) and E[U|s] in eV and S(s) in eV/K, (S,) each."""
+
+    free_energy: Estimate
+    energy: Estimate
+    entropy: Estimate
+
+
+def thermodynamics(
+    log_weight: np.ndarray, energy: np.ndarray, temperature_K: float
+) -> Thermodynamics:
+    """Split F(s) into energy and entropy (E4): S(s) = (E[U|s] - F(s))/T.
+
+    The error of S takes the covariance of both terms along:
+    ψ_k = [w̄_k (U_k - E[U|s]) + kT (w̄_k - 1/K)]/T.
+
+    Parameters
+    ----------
+    log_weight, energy
+        l and U in eV, (S, K).
+    temperature_K
+        Temperature of the weights; for another one, pass the weights of `at_temperature`.
+    """
+    F = free_energy(log_weight, temperature_K)
+    U, influence = _weighted(log_weight, energy)
+    kT = thermal_energy(temperature_K)
+    of_log_z = normalised_weights(log_weight) - 1 / log_weight.shape[1]
+    entropy = Estimate(
+        (U - F.value) / temperature_K, _error(influence + kT * of_log_z) / temperature_K
+    )
+    return Thermodynamics(F, Estimate(U, _error(influence)), entropy)
+
+
+def at_temperature(
+    log_weight: np.ndarray, energy: np.ndarray, temperature_K: float, new_temperature_K: float
+) -> np.ndarray:
+    """Log-weights of the same samples at another temperature, l' = -U/kT' - ln q, (S, K)."""
+    shift = 1 / thermal_energy(temperature_K) - 1 / thermal_energy(new_temperature_K)
+    return log_weight + np.where(np.isfinite(energy), energy * shift, 0.0)
+
+
+class Sandwich(NamedTuple):
+    """Bounds of ln Z(s) and how far apart they are; all in nats."""
+
+    lower: Estimate
+    upper: Estimate
+    gap: Estimate
+    reverse_kl: Estimate
+    forward_kl: Estimate
+
+
+def sandwich(log_weight: np.ndarray, log_weight_frames: np.ndarray) -> Sandwich:
+    """Bound ln Z(s) from both sides (E1): E_q[l] <= ln Z(s) <= E_p(x|s)[l].
+
+    The gap is KL(q|p) + KL(p|q). Both parts are non-negative; a negative one, beyond its error,
+    means that data and flow don't describe the same distribution.
+
+    Parameters
+    ----------
+    log_weight
+        l of samples of q, (S, K).
+    log_weight_frames
+        l of atomistic frames at the same states, (S, M); M = 1 for the frames that the states
+        came from. With M = 1 the error of `upper` is unknown: NaN.
+
+    Returns
+    -------
+    Sandwich
+        `lower`, `upper`: (S,) each, error std/sqrt(K or M). `gap`, `reverse_kl` (ln Z - lower) and
+        `forward_kl` (upper - ln Z): means over the states, error std/sqrt(S) over states taken as
+        independent.
+    """
+    if log_weight_frames.ndim != 2 or len(log_weight_frames) != len(log_weight):
+        raise ValueError(
+            f"need frames of shape (S, M) at the S = {len(log_weight)} states of the samples, "
+            f"got {log_weight_frames.shape}"
+        )
+    lower, upper = _plain_mean(log_weight), _plain_mean(log_weight_frames)
+    log_z = log_partition(log_weight).value
+    with np.errstate(invalid="ignore"):  # -inf bounds, where samples have no weight
+        parts = (upper.value - lower.value, log_z - lower.value, upper.value - log_z)
+    means = (_plain_mean(part) for part in parts)
+    return Sandwich(lower, upper, *(Estimate(float(m.value), float(m.error)) for m in means))
+
+
+def _plain_mean(values: np.ndarray) -> Estimate:
+    """Mean over the last axis and its error std/sqrt(n), NaN for n = 1."""
+    n = values.shape[-1]
+    with np.errstate(invalid="ignore"):  # an infinite log-weight has a mean, but no spread
+        error = values.std(-1, ddof=1) / np.sqrt(n) if n > 1 else np.full(values.shape[:-1], np.nan)
+        return Estimate(values.mean(-1), error)
+
+
+@dataclass(frozen=True)
+class TwoLevelWeights:
+    """Weights that carry K reconstructions of bead dynamics to the atomistic ensemble (E6).
+
+    Attributes
+    ----------
+    log_states
+        ln W_i = ln Ẑ_K(s_i) + F_φ(s_i)/kT, (S,).
+    samples
+        w̄_ik, normalised over k, (S, K).
+    log_ratio
+        ln of the mean W: an estimate of ln(Z_all / Z_CG).
+    ess_states, ess_samples
+        Effective sample sizes as fractions: of the W_i, and of the samples at a state, the latter
+        as the harmonic mean with weights W_i², which makes their product exact.
+    """
+
+    log_states: np.ndarray
+    samples: np.ndarray
+    log_ratio: float
+    ess_states: float
+    ess_samples: float
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of all S·K samples, as a fraction: the product of the two."""
+        return self.ess_states * self.ess_samples
+
+    def average(self, values: np.ndarray, *, n_blocks: int = 20) -> Estimate:
+        """Average over the atomistic ensemble: Σ_i W_i Σ_k w̄_ik O_ik / Σ_i W_i.
+
+        Parameters
+        ----------
+        values
+            O, (S, K, ...).
+        n_blocks
+            Contiguous blocks of states that count as independent; a block must outlast the
+            correlation of the states, so keep the states of one trajectory together, in time order.
+
+        Returns
+        -------
+        Estimate
+            (...), with the linearised block error of `weighted_average`.
+        """
+        weight = self.samples.reshape(*self.samples.shape, *[1] * (np.ndim(values) - 2))
+        per_state = (weight * np.where(weight > 0, values, 0.0)).sum(1)
+        return Estimate(*weighted_average(per_state, self.log_states, n_blocks=n_blocks))
+
+
+def two_level_weights(
+    log_weight: np.ndarray, free_energy_model: np.ndarray, temperature_K: float
+) -> TwoLevelWeights:
+    """Weights from bead dynamics on F_φ to the atomistic ensemble, for any q and F_φ with support.
+
+    Parameters
+    ----------
+    log_weight
+        l of K samples at each of the S visited states, (S, K).
+    free_energy_model
+        F_φ(s_i), (S,), eV: the energy that the bead dynamics ran on.
+    temperature_K
+        Temperature of both.
+    """
+    log_z, _ = log_mean_exp(log_weight, axis=1)
+    log_states = log_z + np.asarray(free_energy_model) / thermal_energy(temperature_K)
+    samples = normalised_weights(log_weight)
+    squares = normalised_weights(log_states) ** 2
+    inverse_ess = samples.shape[1] * (samples**2).sum(1)
+    return TwoLevelWeights(
+        log_states=log_states,
+        samples=samples,
+        log_ratio=float(log_mean_exp(log_states)[0]),
+        ess_states=float(effective_sample_size(log_states)),
+        ess_samples=float(squares.sum() / (squares * inverse_ess).sum()),
+    )

@@ -1,0 +1,247 @@
+"""What a run measures about itself: the held-out check, and the arrays of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from MDAnalysis.lib.formats.libdcd import DCDFile
+
+from ccg_ase.checkpoint import load_model
+from ccg_ase.forcefield import ForceField
+from ccg_ase.mapping import CGMap
+from ccg_mda.flow import Backmapper
+from ccg_mda.potential import Potential
+from ccg_mda.weights import effective_sample_size, pareto_k
+
+from .estimators import (
+    TwoLevelWeights,
+    label_variance,
+    sandwich,
+    to_kJ_per_mol,
+    two_level_weights,
+)
+from .metrics import independent_samples
+from .reconstruction import Samples, pull_back_frames, reconstruct
+from .reference import ReferenceData
+from .report_data import ReportData
+from .states import dihedral_angles, internal_coordinates
+
+if TYPE_CHECKING:
+    from .cycle import Cycle
+
+RARE_KT = 4.0  # a state is rare if its torsion bin lies this much above the most populated one
+_TORSION_BINS = 24
+
+
+def bead_energies(
+    force_field: ForceField, beads: np.ndarray, batch_size: int = 2000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return F (N,) in eV and -∂F/∂s (N, n_beads, 3) in eV/Å of a force field, as float64."""
+    parts = []
+    for start in range(0, len(beads), batch_size):
+        batch = torch.from_numpy(np.asarray(beads[start : start + batch_size]))
+        centred = batch - batch.mean(-2, keepdim=True)
+        parts.append(force_field.energy_and_forces(centred.to(force_field.dtype)))
+    energy, forces = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
+    return energy, forces
+
+
+def dcd_frames(path: Path) -> np.ndarray:
+    """Return all frames of a DCD file, (N, n_sites, 3) in Å."""
+    with DCDFile(str(path)) as file:
+        return file.readframes().xyz.astype(np.float64)
+
+
+def longest_bond(frames: np.ndarray, cg_map: CGMap) -> float:
+    """Return the longest bead bond of any frame, in Å."""
+    i, j = cg_map.beads.bonds.T
+    return float(np.linalg.norm(frames[..., i, :] - frames[..., j, :], axis=-1).max(initial=0.0))
+
+
+def two_levels(samples: Samples, force_field: ForceField) -> TwoLevelWeights:
+    """Weights of reconstructions of the bead ensemble of a force field (E6)."""
+    energy, _ = bead_energies(force_field, samples.beads)
+    return two_level_weights(samples.log_weight, energy, samples.temperature_K)
+
+
+def torsions(beads: np.ndarray, cg_map: CGMap) -> np.ndarray:
+    """Return the first two dihedrals of the bead chain (N, at most 2), in rad."""
+    return dihedral_angles(beads, cg_map.beads.dihedrals()[:2])
+
+
+def rare_states(beads: np.ndarray, reference: np.ndarray, cg_map: CGMap) -> np.ndarray:
+    """Tell which states lie in torsion bins that the reference visits rarely, (N,) bool.
+
+    Rare is a bin more than 4 kT above the most populated one, on a grid of 24 bins an axis.
+    """
+    if not len(cg_map.beads.dihedrals()):
+        return np.zeros(len(beads), bool)
+
+    def bins(states: np.ndarray) -> np.ndarray:
+        angle = (torsions(states, cg_map) + np.pi) / (2 * np.pi)
+        digits = np.minimum((angle * _TORSION_BINS).astype(int), _TORSION_BINS - 1)
+        return digits @ _TORSION_BINS ** np.arange(digits.shape[1])
+
+    counts = np.bincount(bins(reference), minlength=_TORSION_BINS**2)
+    return counts[bins(states=beads)] < counts.max() * np.exp(-RARE_KT)
+
+
+def held_out_check(
+    flow: Backmapper,
+    potential: Potential,
+    train: ReferenceData,
+    held_out: ReferenceData,
+    *,
+    n_states: int,
+    n_samples: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Measure the flow at the beads of held-out frames, common and rare ones.
+
+    Parameters
+    ----------
+    flow, potential
+        What is measured, and the atomistic energy.
+    train, held_out
+        Reference frames; the former define what is rare.
+    n_states, n_samples
+        States, drawn evenly in time, as many rare ones at most a third of that, and samples each.
+    seed, progress
+        Of the noise; called with states done and in all.
+
+    Returns
+    -------
+    arrays, figures
+        Per state: ``ess``, ``rare``, ``label_variance``, ``slice_variance`` ((eV/Å)²) and
+        ``pareto_k``; and their summary. The bounds of ln Z (E1) use the common states.
+    """
+    cg_map = flow.cg_map
+    beads = cg_map.apply(held_out.positions)
+    rare = rare_states(beads, cg_map.apply(train.positions), cg_map)
+    common = np.linspace(0, len(beads) - 1, min(n_states, len(beads))).astype(int)
+    thin = np.flatnonzero(rare)
+    thin = thin[np.linspace(0, len(thin) - 1, min(n_states // 3, len(thin))).astype(int)]
+    chosen = np.concatenate([common, thin])
+    rng = np.random.default_rng(seed)
+    columns: dict[str, list[np.ndarray]] = {}
+    for done, piece in enumerate(np.array_split(chosen, max(1, len(chosen) // 5)), 1):
+        samples = reconstruct(flow, potential, beads[piece], n_samples, rng)
+        log_weight = samples.log_weight
+        values = {
+            "ess": effective_sample_size(log_weight, axis=1),
+            "pareto_k": pareto_k(log_weight, axis=1),
+            "label_variance": label_variance(log_weight, samples.labels),
+            "slice_variance": label_variance(log_weight, samples.slice_labels),
+            "log_weight": log_weight,
+        }
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+        progress(min(len(chosen), done * 5), len(chosen))
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    arrays["rare"] = np.concatenate([np.zeros(len(common), bool), np.ones(len(thin), bool)])
+    arrays["frame"] = chosen
+    frames = held_out[common]
+    on_frames = pull_back_frames(flow, frames.positions, frames.energy, frames.forces)
+    bounds = sandwich(arrays["log_weight"][: len(common)], on_frames.log_weight)
+
+    figures: dict[str, Any] = {"calls": len(chosen) * n_samples, "states": len(common)}
+    for where, name in ((~arrays["rare"], ""), (arrays["rare"], "_rare")):
+        if where.any():
+            ess = arrays["ess"][where]
+            label, force = arrays["label_variance"][where], arrays["slice_variance"][where]
+            figures |= {
+                f"ess_mean{name}": float(ess.mean()),
+                f"ess_p5{name}": float(np.percentile(ess, 5)),
+                f"label_variance_kJ2{name}": float(to_kJ_per_mol(label.mean())),
+                f"slice_variance_kJ2{name}": float(to_kJ_per_mol(force.mean())),
+                f"variance_ratio{name}": float(force.mean() / label.mean()),
+            }
+    figures |= {
+        "rare_states": len(thin),
+        "lnZ_gap": float(bounds.gap.value),
+        "lnZ_gap_error": float(bounds.gap.error),
+        "reverse_kl": float(bounds.reverse_kl.value),
+        "forward_kl": float(bounds.forward_kl.value),
+    }
+    return arrays, figures
+
+
+def report_data(cycle: Cycle, final: Path, model: Path) -> ReportData:
+    """Collect the arrays behind the report of a finished run."""
+    cg_map, directory = cycle.cg_map, cycle.directory
+    train, held_out = cycle.data
+    reference = cg_map.apply(np.concatenate([train.positions, held_out.positions]))
+    visited = dcd_frames(final / "dynamics" / "beads.dcd")
+    samples = Samples.load(final / "samples.npz")
+    levels = two_levels(samples, ForceField.from_model(load_model(model)))
+    with np.errstate(divide="ignore"):
+        log_weights = (levels.log_states[:, None] + np.log(levels.samples)).ravel()
+    kept = np.isfinite(log_weights)
+    check = np.load(final / "held_out.npz")
+    ess, iteration, rare = [], [], []
+    for k in range(1, cycle.config.cycle.iterations + 1):
+        labelled = Samples.load(directory / f"iteration_{k}" / "samples.npz")
+        ess.append(effective_sample_size(labelled.log_weight, axis=1))
+        iteration.append(np.full(len(ess[-1]), k))
+        rare.append(rare_states(labelled.beads, reference, cg_map))
+    records = cycle.stages.records
+    of_beads = {"reference": reference, "beads": visited}
+    internals = {k: internal_coordinates(v, cg_map.beads) for k, v in of_beads.items()}
+    names = cg_map.beads.names
+    shown = int(np.argmax(effective_sample_size(samples.log_weight, axis=1)))
+    chain = cg_map.beads.dihedrals()[:2]
+    atom_torsions = np.repeat(torsions(samples.beads, cg_map), samples.energy.shape[1], axis=0)
+    replicas = cycle.config.dynamics.replicas
+    return ReportData(
+        name=cycle.config.system.name,
+        temperature_K=cycle.temperature_K,
+        torsion_names=tuple("-".join(names[i] for i in quadruple) for quadruple in chain),
+        torsions_reference=torsions(reference, cg_map),
+        torsions_beads=torsions(visited, cg_map),
+        torsions_atomistic=atom_torsions[kept],
+        log_weights=log_weights[kept],
+        independent_reference=_independent(torsions(reference, cg_map), 1),
+        independent_beads=_independent(torsions(visited, cg_map), replicas),
+        bond_names=_named(names, cg_map.beads.bonds),
+        bonds_reference=internals["reference"].bonds,
+        bonds_beads=internals["beads"].bonds,
+        angle_names=_named(names, cg_map.beads.angles()),
+        angles_reference=internals["reference"].angles,
+        angles_beads=internals["beads"].angles,
+        energy_reference=np.concatenate([train.energy, held_out.energy]),
+        energy_atomistic=samples.energy.ravel()[kept],
+        ess=np.concatenate([*ess, check["ess"]]),
+        ess_iteration=np.concatenate([*iteration, np.full(len(check["ess"]), len(ess) + 1)]),
+        ess_rare=np.concatenate([*rare, check["rare"]]),
+        label_variance_slice=check["slice_variance"],
+        label_variance=check["label_variance"],
+        stage_names=tuple(r["stage"] for r in records),
+        stage_iteration=np.array([r["iteration"] for r in records]),
+        stage_seconds=np.array([r["seconds"] for r in records]),
+        stage_calls=np.array([r["calls"] for r in records]),
+        picture_beads=samples.beads[shown],
+        picture_bead_bonds=cg_map.beads.bonds,
+        picture_atoms=samples.positions[shown],
+        picture_atom_bonds=cg_map.atoms.bonds,
+        picture_elements=cg_map.atoms.elements,
+    )
+
+
+def _named(names: tuple[str, ...], terms: np.ndarray) -> tuple[str, ...]:
+    return tuple("-".join(names[i] for i in term) for term in terms)
+
+
+def _independent(angles: np.ndarray, n_series: int) -> float:
+    """Independent samples behind torsion series laid end to end: the least of all torsions."""
+    if not angles.shape[1]:
+        return 0.0
+    per_series = [
+        sum(independent_samples(part) for part in np.array_split(np.cos(column), n_series))
+        for column in angles.T
+    ]
+    return float(min(per_series))

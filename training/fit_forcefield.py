@@ -1,0 +1,264 @@
+"""Fit a force field to mean-force and free-energy labels, each weighted by its own error.
+
+Per bead coordinate, and averaged over the L labelled states i (theory 5.4):
+
+    3n L = Σ_c (f_φ - f_ic)² / (σ_f,i² + a²)  +  c (F_φ(s_i) - F_i - shift)² / (σ_F,i² + b²)
+
+The floors a and b stand for what the network can't represent; without them a few very precise
+labels would rule. The shift, fitted per batch, is there because F is known up to a constant only.
+Both terms have an irreducible part, the label noise σ²/(σ² + floor²), which is reported beside
+the loss: a model at the truth has that loss, not zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ccg_ase.forcefield import ForceField
+from ccg_ase.units import thermal_energy
+
+from .labels import Labels
+
+_EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How `fit_force_field` goes about it.
+
+    Parameters
+    ----------
+    steps, batch_size, learning_rate, weight_decay
+        AdamW steps, states per step, peak rate (warm-up over a twentieth, then cosine to zero).
+    clip
+        Largest norm of the gradient, relative to its running average.
+    ema
+        Decay of the running average of the weights; the average is what is evaluated and kept.
+    force_floor, free_energy_floor_kT
+        a in eV/Å and b in kT.
+    free_energy_share
+        c, the weight of the free-energy term; at 1 a free energy counts as one more coordinate.
+    evaluate_every, patience
+        Steps between evaluations on held-out labels, and how many of them without improvement end
+        the fit.
+    seed
+        Of the order of the batches.
+    """
+
+    steps: int = 2000
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    clip: float = 3.0
+    ema: float = 0.995
+    force_floor: float = 0.01
+    free_energy_floor_kT: float = 0.1
+    free_energy_share: float = 1.0
+    evaluate_every: int = 100
+    patience: int = 10
+    seed: int = 0
+
+
+def fit_force_field(
+    force_field: ForceField,
+    labels: Labels,
+    held_out: Labels,
+    settings: FitSettings | None = None,
+    *,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> dict[str, float]:
+    """Fit the network on top of the prior, in float32, and load the best weights.
+
+    Parameters
+    ----------
+    force_field
+        Receives the averaged weights of the best evaluation (the start counts as one); its dtype
+        and buffers stay.
+    labels, held_out
+        Labels to learn from and to judge by (`Labels.split`). Constants of F are taken off in
+        float64, before anything becomes float32.
+    settings
+        Default: `FitSettings()`.
+    progress
+        Called after every evaluation with steps done, steps in all, and the metrics so far.
+
+    Returns
+    -------
+    dict
+        On the held-out labels; root mean squares have the weights 1/(σ² + floor²).
+        `loss`, and the `loss_noise` that no model can go below; `force_rmse` against the labels,
+        `force_noise` of the labels, and `force_error`, the root of the difference of their
+        squares, which can't tell errors below about `force_resolution` from none (eV/Å, per
+        component); `free_energy_rmse_kT`, `free_energy_noise_kT` (NaN without such labels);
+        `prior_explains` and `model_explains`, the shares of the mean force's mean square, noise
+        taken off. Also `steps`, `best_step`, and `shift_eV`, to be added to the model's energy to
+        give the labels' F (from the training labels; NaN without free energies).
+
+    Raises
+    ------
+    ValueError
+        If there are no labels, or they have another number of beads.
+    FloatingPointError
+        If the loss stops being finite.
+    """
+    settings = settings or FitSettings()
+    for part in (labels, held_out):
+        if len(part) == 0 or part.beads.shape[1] != force_field.cg_map.n_beads:
+            raise ValueError(
+                f"need labels of {force_field.cg_map.n_beads} beads, to fit and to hold out; got "
+                f"{len(part)} of {part.beads.shape[1]}"
+            )
+    kT = thermal_energy(force_field.temperature_K)
+    model = copy.deepcopy(force_field).float()
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    train, test = (_Data(part, settings, kT) for part in (labels, held_out))
+    trained, average = list(model.parameters()), list(averaged.parameters())
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: _rate(k, settings.steps))
+    batches = _batches(len(labels), settings.batch_size, settings.seed)
+
+    best = _evaluate(averaged, test, kT) | {"best_step": 0}
+    best_weights = [p.clone() for p in average]
+    step, waited, typical_norm = 0, 0, None
+    while step < settings.steps and waited < settings.patience:
+        loss = _loss(model, train, next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        limit = math.inf if typical_norm is None else settings.clip * typical_norm
+        norm = float(nn.utils.clip_grad_norm_(trained, limit))
+        if not math.isfinite(norm + loss.item()):
+            raise FloatingPointError(
+                f"the force-field loss is {loss.item()} at step {step}: lower the learning rate, "
+                "or look for labels that are far off"
+            )
+        clipped = min(norm, limit)
+        typical_norm = clipped if typical_norm is None else 0.98 * typical_norm + 0.02 * clipped
+        optimizer.step()
+        schedule.step()
+        step += 1
+        # The short memory at the start forgets the untrained weights.
+        decay = min(settings.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [p.detach() for p in trained], 1 - decay)
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            metrics = _evaluate(averaged, test, kT) | {"best_step": step}
+            waited += 1
+            if metrics["loss"] < best["loss"]:
+                best, waited = metrics, 0
+                best_weights = [p.clone() for p in average]
+            if progress is not None:
+                progress(step, settings.steps, metrics | {"train_loss": loss.item()})
+    with torch.no_grad():
+        for module in (averaged, force_field):
+            for target, source in zip(module.parameters(), best_weights, strict=True):
+                target.copy_(source)
+    return best | {"shift_eV": _evaluate(averaged, train, kT)["shift_eV"], "steps": step}
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up over a twentieth of the steps, then half a cosine to zero."""
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Yield batches of indices for ever; every epoch is shuffled and drops a short rest."""
+    rng = np.random.default_rng(seed)
+    size = min(size, n)
+    while True:
+        yield from torch.from_numpy(rng.permutation(n)[: n - n % size]).split(size)
+
+
+class _Data:
+    """Labels as float32 tensors with weights 1/(σ² + floor²), zero where F is unknown."""
+
+    def __init__(self, labels: Labels, settings: FitSettings, kT: float) -> None:
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+        known = np.isfinite(labels.free_energy)
+        floor = (settings.free_energy_floor_kT * kT) ** 2
+        weight = np.where(known, 1 / (np.nan_to_num(labels.free_energy_variance) + floor), 0.0)
+        free_energy = np.nan_to_num(labels.free_energy)
+        self.free_energy_zero = float((weight * free_energy).sum() / max(weight.sum(), 1e-300))
+        self.share = settings.free_energy_share
+        self.beads = tensor(labels.beads - labels.beads.mean(1, keepdims=True))
+        self.force, self.force_variance = tensor(labels.force), tensor(labels.force_variance)
+        self.force_weight = 1 / (self.force_variance + settings.force_floor**2)
+        self.free_energy = tensor(np.where(known, free_energy - self.free_energy_zero, 0.0))
+        self.free_energy_variance = tensor(np.nan_to_num(labels.free_energy_variance))
+        self.free_energy_weight = tensor(weight)
+
+
+def _chi2(data: _Data, index: Tensor, energy: Tensor, force: Tensor) -> Tensor:
+    """Loss of predictions for some of the labels."""
+    chi2 = data.force_weight[index] * ((force - data.force[index]) ** 2).sum((-1, -2))
+    weight = data.free_energy_weight[index]
+    excess = energy - data.free_energy[index]
+    shift = (weight * excess).sum() / weight.sum().clamp(min=1e-30)
+    chi2 = chi2 + data.share * weight * (excess - shift) ** 2
+    return chi2.mean() / force[0].numel()
+
+
+def _loss(model: ForceField, data: _Data, index: Tensor) -> Tensor:
+    return _chi2(data, index, *model.energy_and_forces(data.beads[index], create_graph=True))
+
+
+def _predict(model: nn.Module, data: _Data) -> tuple[Tensor, Tensor]:
+    """Energies and forces of a force field, or of a bare prior, at all labelled states."""
+    energies, forces = [], []
+    for beads in data.beads.split(_EVALUATION_BATCH):
+        beads = beads.clone().requires_grad_()
+        with torch.enable_grad():
+            energy = model(beads)
+            (gradient,) = torch.autograd.grad(energy.sum(), beads)
+        energies.append(energy.detach())
+        forces.append(-gradient)
+    return torch.cat(energies), torch.cat(forces)
+
+
+def _evaluate(model: ForceField, data: _Data, kT: float) -> dict[str, float]:
+    """Return the metrics of `fit_force_field` for one set of labels."""
+    energy, force = _predict(model, data)
+    n_components = force[0].numel()
+    w, v = data.force_weight / data.force_weight.sum(), data.force_weight * data.force_variance
+    noise = (w * data.force_variance).sum()
+
+    def excess(prediction: Tensor | float) -> Tensor:
+        """Weighted mean square of label minus prediction, label noise taken off."""
+        return (w * ((data.force - prediction) ** 2).mean((-1, -2))).sum() - noise
+
+    mean_square, error = excess(0.0), excess(force)
+    prior_error = excess(_predict(model.prior, data)[1])
+    u = data.free_energy_weight
+    difference = data.free_energy - energy
+    shift = (u * difference).sum() / u.sum()
+    energy_square = (u * (difference - shift) ** 2).sum() / u.sum()
+    energy_noise = (u * data.free_energy_variance).sum() / u.sum()
+    loss_noise = v.mean() + data.share * (u * data.free_energy_variance).mean() / n_components
+    values = {
+        "loss": _chi2(data, torch.arange(len(force)), energy, force),
+        "loss_noise": loss_noise,
+        "force_rmse": (error + noise).sqrt(),
+        "force_noise": noise.sqrt(),
+        "force_error": error.clamp(min=0).sqrt(),
+        "force_resolution": noise.sqrt() * (2 / force.numel()) ** 0.25,
+        "free_energy_rmse_kT": energy_square.sqrt() / kT,
+        "free_energy_noise_kT": energy_noise.sqrt() / kT,
+        "prior_explains": 1 - prior_error / mean_square,
+        "model_explains": 1 - error / mean_square,
+    }
+    # The zero of F may be huge (absolute energies): add it in double precision.
+    return {key: float(value) for key, value in values.items()} | {
+        "shift_eV": float(shift) + data.free_energy_zero
+    }

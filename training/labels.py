@@ -1,0 +1,149 @@
+"""Labels: what is known about the free energy F(s) of the beads at some states, with errors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from ccg_mda.weights import effective_sample_size, pareto_k
+
+from .estimators import free_energy, mean_force
+from .reconstruction import Samples
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Mean forces at L bead states, and free energies where they are known.
+
+    Parameters
+    ----------
+    beads
+        Bead states, (L, n_beads, 3), Å.
+    force
+        Estimates of -∂F/∂s, (L, n_beads, 3), eV/Å.
+    force_variance
+        Variance of one Cartesian component of `force`, (L,), (eV/Å)².
+    free_energy, free_energy_variance
+        Estimates of F(s) on one common scale, (L,) eV, and variances, eV². NaN (both): unknown.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, a value isn't finite or a variance is negative.
+    """
+
+    beads: np.ndarray
+    force: np.ndarray
+    force_variance: np.ndarray
+    free_energy: np.ndarray | None = None
+    free_energy_variance: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.beads)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            value = np.full(n, np.nan) if value is None else np.asarray(value, dtype=np.float64)
+            object.__setattr__(self, field.name, value)
+        if self.beads.ndim != 3 or self.beads.shape != self.force.shape:
+            raise ValueError(
+                f"beads and force must both be (L, n_beads, 3), got {self.beads.shape} and "
+                f"{self.force.shape}"
+            )
+        per_state = (self.force_variance, self.free_energy, self.free_energy_variance)
+        if any(value.shape != (n,) for value in per_state):
+            raise ValueError(f"variances and free energies must have shape ({n},)")
+        if not all(np.isfinite(a).all() for a in (self.beads, self.force, self.force_variance)):
+            raise ValueError("beads, force and force_variance must be finite; drop failed labels")
+        if np.any(np.isfinite(self.free_energy) != np.isfinite(self.free_energy_variance)):
+            raise ValueError("a free energy needs its variance; both are NaN where there is none")
+        if np.any(self.force_variance < 0) or np.any(self.free_energy_variance < 0):
+            raise ValueError("variances must not be negative")
+
+    @classmethod
+    def from_samples(cls, samples: Samples, keep: np.ndarray | None = None) -> Labels:
+        """Average the samples at each state (E2, E3a).
+
+        Parameters
+        ----------
+        samples
+            From `reconstruct`, K >= 2.
+        keep
+            States to keep, (S,) bool; default: those that `accept` lets through. The others are
+            left out, since a label from poor weights has an error bar that is too small.
+        """
+        keep = accept(samples.log_weight) if keep is None else keep
+        log_weight = samples.log_weight[keep]
+        force = mean_force(log_weight, samples.labels[keep])
+        energy = free_energy(log_weight, samples.temperature_K)
+        return cls(
+            samples.beads[keep],
+            force.value,
+            (force.error**2).mean((-1, -2)),
+            energy.value,
+            energy.error**2,
+        )
+
+    @classmethod
+    def from_frames(cls, frames: Samples, variance: float | np.ndarray) -> Labels:
+        """Take the label of each atomistic frame (E3b), of known variance per component.
+
+        Parameters
+        ----------
+        frames
+            From `pull_back_frames`, K = 1.
+        variance
+            Of a single label, () or (S,), (eV/Å)²; `label_variance` of samples gives it.
+        """
+        return cls(
+            frames.beads, frames.labels[:, 0], np.broadcast_to(variance, (len(frames.beads),))
+        )
+
+    @classmethod
+    def concatenate(cls, *parts: Labels) -> Labels:
+        """Join labels from several sources (frames, samples, earlier iterations)."""
+        columns = (np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls))
+        return cls(*columns)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Labels:
+        """Read the npz file that `save` wrote."""
+        with np.load(path) as file:
+            return cls(**file)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an npz file."""
+        with open(path, "wb") as file:
+            np.savez(file, **vars(self))
+
+    def __len__(self) -> int:
+        return len(self.beads)
+
+    def __getitem__(self, index: np.ndarray | slice) -> Labels:
+        """Return the labels of some states."""
+        return Labels(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[Labels, Labels]:
+        """Hold out a random share: training labels, held-out labels."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        n_held_out = max(1, round(fraction * len(self)))
+        return self[np.sort(order[n_held_out:])], self[np.sort(order[:n_held_out])]
+
+
+def accept(
+    log_weight: np.ndarray, *, min_ess: float = 0.3, max_pareto_k: float = 0.7
+) -> np.ndarray:
+    """Gate (theory 5.5): which states have weights good enough for a label, (S,) bool.
+
+    Parameters
+    ----------
+    log_weight
+        l, (S, K).
+    min_ess
+        Least effective sample size, as a fraction.
+    max_pareto_k
+        Largest tail shape; with K < 25 it is unknown and not asked for.
+    """
+    heavy = pareto_k(log_weight, axis=1) > max_pareto_k
+    return (effective_sample_size(log_weight, axis=1) >= min_ess) & ~heavy

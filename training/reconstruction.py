@@ -1,0 +1,306 @@
+"""All-atom samples at given bead states, and the mean-force labels pulled back from them (E3).
+
+A label is f = kT ∂l/∂s at fixed noise ε, with x = x(s, ε) and l = -U(x)/kT - ln q(x|s). Its average
+over p(x|s) is the mean force -∂F/∂s, and its scatter vanishes as q approaches p. On samples of q
+it is averaged with self-normalised weights, on frames of atomistic dynamics without any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from ccg_ase.mapping import CGMap
+from ccg_ase.units import thermal_energy
+from ccg_mda.potential import Potential
+
+from .reference import MDANALYSIS_FORCE, read_npz, write_npz
+
+if TYPE_CHECKING:
+    from MDAnalysis import Universe
+
+ROUND_TRIP_TOLERANCE_A = 1e-4
+
+
+@dataclass(frozen=True)
+class Samples:
+    """K all-atom samples at each of S bead states, with what their energy calls gave.
+
+    Attributes
+    ----------
+    beads
+        Bead states, (S, n_beads, 3), Å.
+    positions, forces
+        Atoms, (S, K, n_atoms, 3), Å, and their forces, eV/Å.
+    energy, log_prob
+        U, (S, K), eV, and ln q(x|s), (S, K).
+    labels
+        Mean-force labels f = kT ∂l/∂s at fixed noise, (S, K, n_beads, 3), eV/Å. Their average
+        over p(x|s) is -∂F/∂s; at q = p every single one equals it.
+    cg_map, temperature_K
+        Of the backmapper that made them.
+    n_calls
+        Energy-and-force calls spent.
+    """
+
+    beads: np.ndarray
+    positions: np.ndarray
+    forces: np.ndarray
+    energy: np.ndarray
+    log_prob: np.ndarray
+    labels: np.ndarray
+    cg_map: CGMap
+    temperature_K: float
+    n_calls: int
+
+    @property
+    def log_weight(self) -> np.ndarray:
+        """Log-weights l = -U/kT - ln q, (S, K)."""
+        return -self.energy / thermal_energy(self.temperature_K) - self.log_prob
+
+    @property
+    def slice_labels(self) -> np.ndarray:
+        """Forces on the bead atoms, (S, K, n_beads, 3), eV/Å: the classic label of a slice map."""
+        return self.cg_map.apply_forces(self.forces)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an NPZ file, atomically."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["cg_map"] = np.asarray(json.dumps(self.cg_map.to_dict()))
+        write_npz(path, {name: np.asarray(value) for name, value in values.items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Samples:
+        """Read what `save` wrote."""
+        values = {name: a.item() if a.ndim == 0 else a for name, a in read_npz(path).items()}
+        values["cg_map"] = CGMap.from_dict(json.loads(values["cg_map"]))
+        return cls(**values)
+
+
+def reconstruct(
+    backmapper: nn.Module,
+    potential: Potential,
+    beads: np.ndarray,
+    n_samples: int,
+    rng: np.random.Generator,
+    *,
+    batch_size: int = 1024,
+) -> Samples:
+    """Draw samples of q(x|s) at every bead state and label them (E3a).
+
+    Parameters
+    ----------
+    backmapper
+        A `Backmapper`.
+    potential
+        Atomistic energies and forces; called once per sample.
+    beads
+        Bead states, (S, n_beads, 3), Å.
+    n_samples
+        K, samples per state.
+    rng
+        Source of the noise.
+    batch_size
+        Samples per pass, which bounds the memory of the graph; it doesn't change the noise.
+    """
+    noise = backmapper.sample_noise(rng, (n_samples, len(beads)))
+    return pull_back(backmapper, potential, beads, noise, batch_size=batch_size)
+
+
+def pull_back(
+    backmapper: nn.Module,
+    potential: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    beads: np.ndarray,
+    noise: torch.Tensor,
+    *,
+    batch_size: int = 1024,
+) -> Samples:
+    """Label the samples that belong to given noise: f = kT ∂/∂s [-U(x(s, ε))/kT - ln q(x(s, ε)|s)].
+
+    The atomistic forces enter through the surrogate (forces/kT · x), whose gradient in s is that
+    of -U/kT, so no differentiable potential is needed: one pass forward, one back.
+
+    Parameters
+    ----------
+    backmapper, potential, beads, batch_size
+        As in `reconstruct`.
+    noise
+        Base noise ε, (K, S, n_dof), held fixed.
+
+    Raises
+    ------
+    ValueError
+        If shapes don't fit.
+    """
+    states = _float64(beads)
+    if states.ndim != 3 or noise.ndim != 3 or noise.shape[1] != len(states):
+        raise ValueError(
+            f"need beads (S, n_beads, 3) and noise (K, S, n_dof) with one S; got "
+            f"{tuple(states.shape)} and {tuple(noise.shape)}"
+        )
+    n_samples, n_states = noise.shape[:2]
+    flat_noise = noise.detach().transpose(0, 1).flatten(0, 1)
+    flat_states = states.repeat_interleave(n_samples, 0)
+    pieces = [
+        _pull_back_batch(backmapper, potential, flat_states[part], flat_noise[part])
+        for part in _batches(len(flat_noise), batch_size)
+    ]
+    arrays = [np.concatenate(piece) for piece in zip(*pieces, strict=True)]
+    x, energy, forces, log_prob, labels = (
+        array.reshape(n_states, n_samples, *array.shape[1:]) for array in arrays
+    )
+    return Samples(
+        beads=states.numpy(),
+        positions=x,
+        forces=forces,
+        energy=energy,
+        log_prob=log_prob,
+        labels=labels,
+        cg_map=backmapper.cg_map,
+        temperature_K=backmapper.temperature_K,
+        n_calls=n_states * n_samples,
+    )
+
+
+def pull_back_frames(
+    backmapper: nn.Module,
+    positions: np.ndarray,
+    energy: np.ndarray,
+    forces: np.ndarray,
+    *,
+    batch_size: int = 1024,
+) -> Samples:
+    """Label frames of the atomistic ensemble (E3b): K = 1, no weight and no new energy call.
+
+    Parameters
+    ----------
+    backmapper, batch_size
+        As in `reconstruct`.
+    positions, energy, forces
+        Stored frames of p(x): (S, n_atoms, 3) Å, (S,) eV, (S, n_atoms, 3) eV/Å.
+
+    Raises
+    ------
+    ValueError
+        If the backmapper doesn't return a frame from its own noise: the flow doesn't cover it.
+    """
+    x = _float64(positions)
+    beads = backmapper.cg_map.apply(x)
+    noise = []
+    with torch.no_grad():
+        for part in _batches(len(x), batch_size):
+            distribution = backmapper(beads[part])
+            noise.append(distribution.noise_from(x[part]))
+            error = (distribution.positions_from(noise[-1]) - x[part]).abs().amax((-1, -2))
+            worst = int(error.nan_to_num(torch.inf).argmax())
+            if not error[worst] <= ROUND_TRIP_TOLERANCE_A:
+                raise ValueError(
+                    f"frame {part.start + worst} comes back from its noise {error[worst]:.1e} Å "
+                    "off: the backmapper doesn't cover it (another molecule, mirror image or "
+                    "broken frame); leave it out, or train the flow on it"
+                )
+    stored = _Replay(energy, forces)
+    samples = pull_back(
+        backmapper, stored, beads.numpy(), torch.cat(noise)[None], batch_size=batch_size
+    )
+    return replace(samples, n_calls=0)
+
+
+def read_samples(
+    universe: Universe,
+    backmapper: nn.Module,
+    bead_frames: np.ndarray,
+    n_samples: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Samples:
+    """Read reconstructions from a backmapped Universe, and label them.
+
+    Parameters
+    ----------
+    universe
+        From `ccg_mda.backmap` with a potential and `n_samples` samples per bead frame: every frame
+        carries log_prob, energy and forces.
+    backmapper
+        The one that made it.
+    bead_frames
+        Which frames of the bead trajectory, (S,).
+    n_samples
+        K.
+    progress
+        Called with the states done and S.
+    """
+    parts = []
+    for done, state in enumerate(bead_frames, 1):
+        frames = range(int(state) * n_samples, (int(state) + 1) * n_samples)
+        read = [
+            (
+                ts.positions.copy(),
+                ts.forces * MDANALYSIS_FORCE,
+                ts.data["energy"],
+                ts.data["log_prob"],
+            )
+            for ts in universe.trajectory[list(frames)]
+        ]
+        parts.append([np.array(column, dtype=np.float64) for column in zip(*read, strict=True)])
+        if progress is not None:
+            progress(done, len(bead_frames))
+    positions, forces, energy, log_prob = (np.concatenate(c) for c in zip(*parts, strict=True))
+    forces *= MDANALYSIS_FORCE
+    labelled = pull_back_frames(backmapper, positions, energy, forces)
+    shape = (len(bead_frames), n_samples)
+
+    def by_state(array: np.ndarray) -> np.ndarray:
+        return array.reshape(*shape, *array.shape[1:])
+
+    return Samples(
+        beads=by_state(labelled.beads)[:, 0],
+        positions=by_state(positions),
+        forces=by_state(forces),
+        energy=by_state(energy),
+        log_prob=by_state(log_prob),  # of the positions before MDAnalysis rounded them to float32
+        labels=by_state(labelled.labels[:, 0]),
+        cg_map=backmapper.cg_map,
+        temperature_K=backmapper.temperature_K,
+        n_calls=len(positions),
+    )
+
+
+class _Replay:
+    """Stored energies and forces, handed out in order as a potential would."""
+
+    def __init__(self, energy: np.ndarray, forces: np.ndarray) -> None:
+        self.energy, self.forces, self.next = np.asarray(energy), np.asarray(forces), 0
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(self.next, self.next + len(positions))
+        self.next = part.stop
+        return self.energy[part], self.forces[part]
+
+
+def _pull_back_batch(backmapper, potential, beads, noise):
+    """Positions, U, forces, ln q and labels of a flat batch of (state, noise) pairs."""
+    kT = thermal_energy(backmapper.temperature_K)
+    with torch.enable_grad():
+        beads = beads.clone().requires_grad_()
+        x, log_prob = backmapper(beads).positions_and_log_prob_from(noise)
+        positions = x.detach().numpy()
+        energy, forces = (np.asarray(value, dtype=np.float64) for value in potential(positions))
+        log_weight = (torch.from_numpy(forces / kT) * x).sum((-1, -2)) - log_prob
+        (gradient,) = torch.autograd.grad(log_weight.sum(), beads)
+    return positions, energy, forces, log_prob.detach().numpy(), kT * gradient.numpy()
+
+
+def _float64(array: np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(array).detach().to(torch.float64)
+
+
+def _batches(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -1,0 +1,174 @@
+"""One self-contained HTML page per run: verdicts in words first, then the figures behind them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import figures, figures_run
+from .report_data import ReportData
+from .verdicts import headline, judge
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 150
+
+
+class ReportError(ValueError):
+    """A run directory that holds nothing to report on."""
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A figure of the report: how it is drawn and what it shows."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[ReportData], Figure | None]
+
+
+PLATES = (
+    Plate(
+        "picture",
+        "What the model does",
+        "One bead state, one reconstruction of its atoms, and several: the spread is what the bead "
+        "state leaves open. Beads amber, carbon grey, nitrogen blue, oxygen red, hydrogen light.",
+        figures_run.picture,
+    ),
+    Plate(
+        "free_energy",
+        "Free energy over the torsions",
+        "Minus the logarithm of the histogram, in kT, zero at the minimum; white was not visited. "
+        "Differences are drawn where both have samples; their mean over the reference is zero.",
+        figures.free_energy_maps,
+    ),
+    Plate(
+        "internals",
+        "Bonds, angles and torsions of the beads",
+        "Grey: reference data. Red: bead dynamics with the trained force field.",
+        figures.internal_histograms,
+    ),
+    Plate(
+        "energies",
+        "All-atom energies",
+        "Potential energy of reconstructed atoms, as drawn and after reweighting. The reweighted "
+        "curve should lie on the reference.",
+        figures.energy_histogram,
+    ),
+    Plate(
+        "effective_sample_size",
+        "Effective sample size per bead state",
+        "1 means that every reconstruction counts in full. Rare regions are shown by themselves, "
+        "since an average hides them. Dashed lines are means.",
+        figures.effective_sizes,
+    ),
+    Plate(
+        "label_variance",
+        "Mean-force labels",
+        "How noisy one label of the mean force is. Training the force field costs labels in "
+        "proportion to this variance.",
+        figures_run.label_variances,
+    ),
+    Plate(
+        "costs",
+        "What it cost",
+        "Stages in the order they ran, with the iteration in front. An energy call is one "
+        "evaluation of the atomistic potential.",
+        figures_run.costs,
+    ),
+)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics.jsonl; a last line that an interruption cut off is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ReportError(f"{path}, line {number} is not JSON: {error}") from None
+    return records
+
+
+def write_report(run_directory: str | Path) -> Path:
+    """Write RUN/report.html and RUN/figures from RUN/report_data.npz and RUN/metrics.jsonl.
+
+    Returns
+    -------
+    Path
+        The HTML page: one file without references to others.
+
+    Raises
+    ------
+    ReportError
+        If the run has not written report_data.npz yet.
+    """
+    run_directory = Path(run_directory)
+    source = run_directory / "report_data.npz"
+    if not source.is_file():
+        raise ReportError(
+            f"{run_directory} holds no report_data.npz: give a run directory whose training has "
+            "finished at least one iteration"
+        )
+    data = ReportData.load(source)
+    config = run_directory / "config.toml"
+    page = render(
+        data,
+        read_metrics(run_directory / "metrics.jsonl"),
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        figure_directory=run_directory / "figures",
+    )
+    target = run_directory / "report.html"
+    partial = target.with_suffix(".html.tmp")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def render(
+    data: ReportData,
+    records: list[dict[str, Any]],
+    *,
+    config: str = "",
+    figure_directory: Path | None = None,
+) -> str:
+    """Return the page as text; also writes the figures as PNG files where a folder is given."""
+    from jinja2 import Environment, StrictUndefined
+
+    plates = []
+    for plate in PLATES:
+        figure = plate.draw(data)
+        if figure is None:
+            continue
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI)
+        if figure_directory is not None:
+            figure_directory.mkdir(parents=True, exist_ok=True)
+            (figure_directory / f"{plate.name}.png").write_bytes(buffer.getvalue())
+        image = base64.b64encode(buffer.getvalue()).decode()
+        plates.append({"plate": plate, "image": image, "width": round(figure.get_figwidth() * 100)})
+    verdicts = judge(data)
+    template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        data=data,
+        headline=headline(verdicts),
+        verdicts=verdicts,
+        plates=plates,
+        records=records,
+        config=config,
+        version=version("ccg"),
+    )
