@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -101,7 +101,29 @@ class CGCalculator(BaseCalculator):
                 f"{temperature_K} K; run at {self.temperature_K} K or train another model"
             )
 
-    def atoms(self, positions: np.ndarray | None = None) -> Atoms:
+    @property
+    def atoms(self) -> Callable[..., Atoms]:
+        """Make Atoms that are ready to run: ``atoms()`` or ``atoms(positions)``, see `make_atoms`.
+
+        ASE's base class keeps the Atoms of the last evaluation under this name; what it assigns is
+        kept apart.
+        """
+        return self.make_atoms
+
+    @atoms.setter
+    def atoms(self, evaluated: Atoms | None) -> None:
+        self._evaluated = evaluated
+
+    def get_property(
+        self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
+    ) -> Any:
+        """Return a property, of the Atoms evaluated last if none are given."""
+        atoms = self._evaluated if atoms is None else atoms
+        if atoms is None:
+            raise CalculatorSetupError("nothing was evaluated yet: give Atoms")
+        return super().get_property(name, atoms, allow_calculation)
+
+    def make_atoms(self, positions: np.ndarray | None = None) -> Atoms:
         """Return Atoms with masses, names and this calculator attached, ready to run.
 
         Parameters
@@ -138,7 +160,7 @@ class CGCalculator(BaseCalculator):
 
     def reset(self) -> None:
         """Forget the last results."""
-        self.atoms, self.results = None, {}
+        self._evaluated, self.results = None, {}
 
     def todict(self) -> dict[str, Any]:
         """Return what trajectory writers record: which model, by content, and its temperature."""
@@ -155,7 +177,7 @@ class CGCalculator(BaseCalculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """List what changed since the last evaluation, exactly: stricter and faster than ASE's."""
-        last = self.atoms
+        last = self._evaluated
         if last is None or len(last) != len(atoms):
             return list(all_changes)
         changed = [
@@ -206,7 +228,7 @@ class CGCalculator(BaseCalculator):
                 "the energy or a force is NaN or infinite; beads may overlap, or the time step be "
                 "too long"
             )
-        self.atoms = atoms.copy()
+        self._evaluated = atoms.copy()
         self.results = {
             "energy": energy,
             "free_energy": energy,

@@ -1,11 +1,11 @@
-"""The causal conditioner: what each placed atom's density may know, and how it is turned into numbers.
+"""The causal conditioner: what each placed atom's density may know, and how it uses it.
 
-Each *block* of coordinates (one atom's r, θ, φ, or a rotor's φ alone) is a query. It sees every bead
-within ``bead_hops`` bonds, through the e3nn encoder and through the bead's position in its own local
-frame, and every atom of an earlier generation within ``hops`` bonds. Vectors are rotated into the query's frame, so
-everything that reaches the network is invariant under rotations and translations, and changes under
-reflections: chirality is visible. Weights belong to *types* (query type, source type, bond distance),
-not to indices, so chemically identical residues share them.
+Each *block* of coordinates (one atom's r, θ, φ, or a rotor's φ alone) is a query. It sees the beads
+within ``bead_hops`` bonds, through the e3nn encoder and by its position in the query's own local
+frame, and every atom of an earlier generation within ``hops`` bonds. Vectors are rotated into that
+frame, so everything that reaches the network is invariant under rotations and translations, and
+changes under reflections: chirality is visible. Weights belong to *types* (query type, source type,
+bond distance), not to indices, so chemically identical residues share them.
 
 Since no query sees its own or a later generation, one parallel pass gives the parameters of all
 densities, and sampling takes one pass per generation.
@@ -31,7 +31,7 @@ N_PARAMETERS = 9  # of an affine block: 3 shifts, 3 log-scales, 3 couplings; a r
 
 
 def _enumerate(keys: Sequence[Hashable]) -> np.ndarray:
-    """Number keys by first appearance of each in sorted order: equal keys share a number."""
+    """Return a number for each key, by sorted order: equal keys share one."""
     table = {key: n for n, key in enumerate(sorted(set(keys), key=repr))}
     return np.array([table[key] for key in keys], dtype=int)
 
@@ -88,7 +88,7 @@ class Blocks:
         self.atom_sources, self.atom_edge_type = _pad(atom_lists, atom_keys)
 
     def passes(self) -> list[np.ndarray]:
-        """Return the blocks of each sampling pass: by generation, a rotor's dihedral before the rest."""
+        """Return the blocks of each sampling pass: a rotor's dihedral before the rest."""
         rank = 2 * self.generation[self.slot] + ~self.circular
         return [np.flatnonzero(rank == value) for value in np.unique(rank)]
 
@@ -173,7 +173,9 @@ class Conditioner(nn.Module):
         self.blocks = blocks = Blocks(cg_map, placement, rotor, hops, bead_hops)
         bead_types = sorted(set(cg_map.beads.types))
         self.encoder = Encoder(len(bead_types), channels=channels, n_layers=1, cutoff_A=cutoff_A)
-        self._slices = list(zip(self.encoder.irreps_out, self.encoder.irreps_out.slices()))
+        self._slices = list(
+            zip(self.encoder.irreps_out, self.encoder.irreps_out.slices(), strict=True)
+        )
         edges = all_pairs(cg_map.n_beads)
         index = {
             "slot": blocks.slot,

@@ -2,9 +2,9 @@
 
     ln q(x|s) = Σ_blocks ln p(y_block | beads, earlier atoms) - Σ_atoms ln |dx/dy|
 
-Atoms follow one another in anchored internal coordinates (:mod:`.placement`), each a smooth bijection
-of its noise (:mod:`.transforms`) with parameters from the causal conditioner. Both directions are
-explicit: :meth:`BackmapDistribution.noise_from` is one parallel pass, ``positions_from`` one pass per
+Atoms follow one another in anchored internal coordinates (:mod:`.placement`), each a smooth
+bijection of its noise (:mod:`.transforms`) with parameters from the causal conditioner. Both
+directions are explicit: ``noise_from`` is one parallel pass, ``positions_from`` one pass per
 generation of atoms.
 """
 
@@ -45,8 +45,9 @@ class Backmapper(nn.Module):
 
     Notes
     -----
-    A new backmapper has unit statistics; :meth:`from_data` makes one that fits a trajectory. The noise
-    has three numbers per placed atom (r, θ, φ): standard normal, but uniform on [-π, π) for a rotor's φ.
+    A new backmapper has unit statistics; :meth:`from_data` makes one that fits a trajectory. The
+    noise has three numbers per placed atom (r, θ, φ): standard normal, but uniform on [-π, π) for a
+    rotor's φ.
     """
 
     def __init__(
@@ -92,14 +93,7 @@ class Backmapper(nn.Module):
     @classmethod
     def from_model(cls, model: ModelFile) -> Backmapper:
         """Build the backmapper of a loaded model file."""
-        if "backmapper" not in model.configs:
-            raise ValueError(
-                f"the model file holds {sorted(model.configs)} but no backmapper: "
-                "train one with 'ccg train'"
-            )
-        backmapper = cls.from_config(model.cg_map, model.temperature_K, model.configs["backmapper"])
-        backmapper.load_state_dict(model.states["backmapper"])
-        return backmapper.eval()
+        return model.restore("backmapper", cls).eval()
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Backmapper:
@@ -157,8 +151,8 @@ class Backmapper(nn.Module):
         """
         if beads.shape[-2:] != (self.cg_map.n_beads, 3):
             raise ValueError(
-                f"expected beads of shape (..., {self.cg_map.n_beads}, 3), got {tuple(beads.shape)}: "
-                "the trajectory belongs to another mapping than this model"
+                f"expected beads of shape (..., {self.cg_map.n_beads}, 3), got "
+                f"{tuple(beads.shape)}: the trajectory belongs to another mapping than this model"
             )
         if temperature_K is not None and abs(temperature_K - self.temperature_K) > 1e-6:
             raise ValueError(
@@ -170,7 +164,7 @@ class Backmapper(nn.Module):
         return BackmapDistribution(self, beads)
 
     def sample_noise(self, rng: np.random.Generator, shape: tuple[int, ...] = ()) -> Tensor:
-        """Draw base noise (*shape, n_dof) in float64: the same for the same generator, everywhere."""
+        """Draw base noise (*shape, n_dof), float64: the same for the same generator everywhere."""
         noise = rng.standard_normal((*shape, len(self._rotor), 3))
         noise[..., self._rotor, 2] = rng.uniform(-np.pi, np.pi, (*shape, int(self._rotor.sum())))
         return torch.from_numpy(noise.reshape(*shape, self.n_dof))
@@ -228,7 +222,7 @@ class Backmapper(nn.Module):
         return z, log_p, log_dx
 
     def from_noise(self, beads: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the points placed from ``noise`` and ln q; twice differentiable in all arguments."""
+        """Return the points placed from ``noise`` and ln q; twice differentiable in both."""
         n_slots, blocks = len(self._rotor), self.conditioner.blocks
         chart = Chart(self.location, self.scale)
         encoded = self.conditioner.encode(beads)
@@ -267,7 +261,7 @@ class Backmapper(nn.Module):
 
 
 class _Affine:
-    """Lower-triangular affine map ``y = μ + exp(l) (I + L) z`` of each block's three coordinates."""
+    """Lower-triangular affine map ``y = μ + exp(l) (I + L) z`` of a block's coordinates."""
 
     def __init__(self, parameters: Tensor) -> None:
         self.shift = parameters[..., 0:3]

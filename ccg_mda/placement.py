@@ -1,16 +1,16 @@
-"""Anchored internal coordinates: where each atom is placed, from which references, in which order.
+r"""Anchored internal coordinates: where each atom is placed, from which references, in which order.
 
-Every atom that is not a bead is placed by a bond length r, an angle θ and a dihedral φ against three
-points that are beads or atoms placed earlier::
+Every atom that is not a bead is placed by a bond length r, an angle θ and a dihedral φ against
+three points that are beads or atoms placed earlier::
 
     p3            x = p1 + r (cos θ e1 + sin θ (cos φ e2 + sin φ e3))
-      \\           e1 = unit(p2 - p1),  e3 = unit(e1 × (p3 - p1)),  e2 = e3 × e1
-       p2 - p1
-              \\
+      \
+       p2 - p1    e1 = unit(p2 - p1),  e3 = unit(e1 × (p3 - p1)),  e2 = e3 × e1
+              \
                x
 
-The volume element is ``dx = r² sin θ dr dθ dφ``. Where p1 already has two placed neighbours, both are
-references, so that φ is a stiff improper dihedral whose sign carries the chirality.
+The volume element is ``dx = r² sin θ dr dθ dφ``. Where p1 already has two placed neighbours, both
+are references, so that φ is a stiff improper dihedral whose sign carries the chirality.
 """
 
 from __future__ import annotations
@@ -106,17 +106,16 @@ class Placement:
 
         rows = []
         for k, atom in enumerate(self.atoms):
-            names = [label(atom_of_point[p]) for p in self.references[k]]
-            kind = "improper" if not self.proper[k] else "torsion"
+            p1, p2, p3 = (label(atom_of_point[p]) for p in self.references[k])
+            kind = "torsion" if self.proper[k] else "improper"
             rows.append(
-                dict(zip(("atom", "bond to", "angle to", "dihedral to"), [label(atom), *names]))
-                | {"dihedral": kind}
+                {"atom": label(atom), "bond": p1, "angle": p2, "dihedral": p3, "kind": kind}
             )
         return rows
 
 
 def _placement_order(cg_map: CGMap, neighbours: list[list[int]]) -> list[int]:
-    """Heavy atoms first, then hydrogens; each after an atom that it is bonded to."""
+    """Order heavy atoms before hydrogens, each after an atom that it is bonded to."""
     heavy = [element != "H" for element in cg_map.atoms.elements]
     placed = set(cg_map.bead_atoms.tolist())
     order: list[int] = []
@@ -128,10 +127,9 @@ def _placement_order(cg_map: CGMap, neighbours: list[list[int]]) -> list[int]:
             missing = sorted(set(range(cg_map.n_atoms)) - placed)
             names = [cg_map.atoms.names[i] for i in missing[:5]]
             raise ValueError(
-                f"{len(missing)} atom(s) are not connected to any bead through bonds, e.g. {names}: "
-                "add the missing bonds to the topology or beads to the mapping"
+                f"{len(missing)} atom(s) are not connected to any bead through bonds, e.g. "
+                f"{names}: add the missing bonds to the topology or beads to the mapping"
             )
-        # An atom hanging on a bead comes before one further out, heavy ones before hydrogens.
         chosen = min(reachable, key=lambda i: (not heavy[i], i))
         placed.add(chosen)
         order.append(chosen)

@@ -23,8 +23,8 @@ def wrap(angle: Tensor) -> Tensor:
 class Chart:
     """Standardised coordinates ``y`` of bond lengths, angles and stiff dihedrals.
 
-    ``r = exp(m + s y)``, ``θ = 2 atan(exp(m + s y))`` and ``φ = m + 2 atan(s y / 2)``: each is close
-    to linear over thermal fluctuations, and maps the real line onto the coordinate's whole domain.
+    ``r = exp(m + s y)``, ``θ = 2 atan(exp(m + s y))`` and ``φ = m + 2 atan(s y / 2)``: each is
+    close to linear over thermal fluctuations, and maps the real line onto the whole domain.
 
     Parameters
     ----------

@@ -158,7 +158,7 @@ class Flow(Section):
     hops: PositiveInt = Field(3, description="bonds over which an atom sees earlier atoms")
     likelihood_epochs: NonNegativeInt = Field(8, description="passes over the data by likelihood")
     force_steps: PositiveInt = Field(500, description="steps that match forces as well")
-    refit_steps: PositiveInt = Field(250, description="such steps in every turn of the loop")
+    refit_steps: PositiveInt = Field(200, description="such steps in every turn of the loop")
     batch_size: PositiveInt = Field(256, description="frames per step")
     learning_rate: PositiveFloat = Field(2e-3, description="peak of the schedule")
 
@@ -166,7 +166,7 @@ class Flow(Section):
 class ForceField(Section):
     """The bead force field: prior plus equivariant network."""
 
-    channels: PositiveInt = Field(16, description="features per irrep")
+    channels: PositiveInt = Field(8, description="features per irrep")
     l_max: NonNegativeInt = Field(1, description="largest angular momentum of the features")
     n_layers: PositiveInt = Field(2, description="message-passing layers")
     cutoff_A: PositiveFloat = Field(12.0, description="beads further apart do not interact")
@@ -184,8 +184,9 @@ class Dynamics(Section):
     )
     timestep_fs: PositiveFloat = Field(4.0, description="bead time step")
     friction_per_ps: PositiveFloat = Field(1.0, description="Langevin friction")
-    replicas: PositiveInt = Field(64, description="independent copies, advanced as one batch")
-    n_steps: PositiveInt = Field(10000, description="steps per replica and iteration")
+    replicas: PositiveInt = Field(24, description="independent copies, advanced as one batch")
+    n_steps: PositiveInt = Field(8000, description="steps per replica in every turn of the loop")
+    n_final_steps: PositiveInt = Field(20000, description="steps of the ensemble of the report")
     save_every: PositiveInt = Field(50, description="steps between stored bead states")
 
 

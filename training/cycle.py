@@ -17,7 +17,9 @@ Resuming skips the stages whose record is in ``state.json`` and repeats the one 
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,8 +37,14 @@ from ccg_mda.weights import effective_sample_size
 
 from . import evaluation
 from .config import Config
-from .data_check import check
-from .estimators import label_variance, normalised_weights, to_kJ_per_mol
+from .data_check import check, check_mapping, refuse_faults
+from .estimators import (
+    free_energy,
+    label_variance,
+    mean_force,
+    normalised_weights,
+    to_kJ_per_mol,
+)
 from .fit_flow import (
     LIKELIHOOD_ONLY,
     FlowFrames,
@@ -46,11 +54,10 @@ from .fit_flow import (
     mean_nll,
 )
 from .fit_forcefield import FitSettings, fit_force_field
-from .generate import generate_from_config
 from .labels import Labels, accept
 from .progress import Progress, Stage
 from .reconstruction import Samples, pull_back_frames, read_samples
-from .reference import MDANALYSIS_FORCE, ReferenceData, ReferenceDataError, read_trajectory
+from .reference import MDANALYSIS_FORCE, ReferenceData, reference_data, trajectory_of
 from .report import write_report
 from .sampling import ase_bead_dynamics
 from .stages import Metrics, Stages
@@ -71,7 +78,7 @@ def run_cycle(config: Config, progress: Progress) -> None:
     Raises
     ------
     ReferenceDataError
-        If the data check finds an error.
+        If the check of the mapping or of the data finds an error.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads)
@@ -89,12 +96,12 @@ class Cycle:
         self.directory = config.run.directory
         self.temperature_K = config.system.temperature_K
         self.cg_map, self.potential = mapping_of(config), potential_of(config)
+        refuse_faults(check_mapping(self.cg_map))
         self.stages = Stages(self.directory, progress)
 
     def run(self) -> None:
         """Go through all stages."""
-        generate = self.config.reference.source == "generate"
-        self._stage("reference data", self._generate if generate else self._read)
+        self._stage("reference data", self._reference)
         self._stage("data check", self._check)
         self._stage("flow: likelihood", self._likelihood)
         self._stage("labels on frames", partial(self._frame_labels, k=0))
@@ -132,31 +139,19 @@ class Cycle:
 
     # ------------------------------------------------------------------ reference data
 
-    def _generate(self, stage: Stage) -> Metrics:
-        def tick(done: int, total: int) -> None:
-            stage.update(done, total, f"{done} of {total} frames")
-
-        data = generate_from_config(self.config, self.directory / "reference", tick)
-        data.save(self.directory / "reference.npz")
+    def _reference(self, stage: Stage) -> Metrics:
         settings = self.config.reference
-        steps = round(settings.time_ns * 1e6 / settings.timestep_fs)
-        steps += round(settings.walkers * settings.equilibration_ps * 1e3 / settings.timestep_fs)
-        return {"frames": len(data), "calls": steps}
-
-    def _read(self, stage: Stage) -> Metrics:
-        settings = self.config.reference
-        data = read_trajectory(
-            self.config.system.topology,
-            settings.files,
-            forces_file=settings.forces_file,
-            stride=settings.stride,
-        )
-        calls = 0
+        if settings.source == "generate":
+            data = reference_data(self.config, self.directory, stage.update)
+            stored_fs = settings.time_ns * 1e6 + settings.walkers * settings.equilibration_ps * 1e3
+            return {"frames": len(data), "calls": round(stored_fs / settings.timestep_fs)}
+        data, calls = trajectory_of(self.config), 0
+        refuse_faults(check(data, self.cg_map, self.temperature_K, self.potential))
         if data.forces is None or data.energy is None:
             stage.update(note="forces and energies from the potential")
             energy, forces = self.potential(data.positions)
             calls = len(data)
-            data = ReferenceData(data.positions, forces, energy, data.walker, data.time_ps)
+            data = replace(data, energy=energy, forces=forces)
         data.save(self.directory / "reference.npz")
         return {"frames": len(data), "calls": calls}
 
@@ -167,9 +162,7 @@ class Cycle:
         for finding in findings:
             if finding.level == "warning":
                 self.progress.message(f"[yellow]warning[/] {finding.title}: {finding.detail}")
-        errors = [f"{f.title}: {f.detail}; {f.cure}" for f in findings if f.level == "error"]
-        if errors:
-            raise ReferenceDataError("\n".join(errors))
+        refuse_faults(findings)
         return {"findings": {f.title: f"{f.level}: {f.detail}" for f in findings}}
 
     @cached_property
@@ -219,15 +212,11 @@ class Cycle:
         else:
             before = load_model(self._folder(k - 1) / "model.ccg")
             flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
-        parts = [(train.positions, np.ones(len(train)), train.forces, train.energy)]
+        energy, force = evaluation.bead_energies(force_field, self.cg_map.apply(train.positions))
+        every = np.ones(len(train))
+        frames = FlowFrames(train.positions, every, train.forces, train.energy, force, energy)
         if k:
-            samples = Samples.load(folder / "samples.npz")
-            parts.append(_as_frames(samples))
-        positions, weight, forces, energy = (np.concatenate(p) for p in zip(*parts, strict=True))
-        free_energy, bead_force = evaluation.bead_energies(
-            force_field, self.cg_map.apply(positions)
-        )
-        frames = FlowFrames(positions, weight, forces, energy, bead_force, free_energy)
+            frames = frames.joined(_as_frames(Samples.load(folder / "samples.npz"), force_field))
         history = fit_flow(
             flow,
             frames,
@@ -336,13 +325,14 @@ class Cycle:
         """Run bead dynamics from reference frames drawn at random, through an ASE driver."""
         train, _ = self.data
         settings = self.config.dynamics
-        rng = np.random.default_rng(self._seed(k, 7, folder.name.startswith("final")))
+        final = folder.name.startswith("final")
+        rng = np.random.default_rng(self._seed(k, 7, final))
         starts = rng.choice(len(train), settings.replicas, replace=len(train) < settings.replicas)
         frames = ase_bead_dynamics(
             ForceField.from_model(load_model(model)),
             self.cg_map.apply(train.positions[starts]),
             folder / "dynamics",
-            n_steps=settings.n_steps,
+            n_steps=settings.n_final_steps if final else settings.n_steps,
             save_every=settings.save_every,
             driver=settings.driver,
             timestep_fs=settings.timestep_fs,
@@ -359,9 +349,14 @@ class Cycle:
         self, stage: Stage, folder: Path, flow: Backmapper, chosen: np.ndarray, n: int, seed: int
     ) -> Samples:
         """Reconstruct bead frames through the MDAnalysis Universe, and label them."""
-        beads = bead_universe(folder / "dynamics" / "beads.dcd", self.cg_map)
-        atoms = backmap(beads, flow, n_samples=n, seed=seed, potential=self.potential, prefetch=64)
-        return read_samples(atoms, flow, chosen, n, progress=lambda i, m: stage.update(i, m))
+        with warnings.catch_warnings():
+            # Which copies of a Timestep the reader makes is no matter here.
+            warnings.filterwarnings("ignore", "DCDReader currently makes", DeprecationWarning)
+            beads = bead_universe(folder / "dynamics" / "beads.dcd", self.cg_map)
+            atoms = backmap(
+                beads, flow, n_samples=n, seed=seed, potential=self.potential, prefetch=64
+            )
+            return read_samples(atoms, flow, chosen, n, progress=lambda i, m: stage.update(i, m))
 
     def _reconstruct(self, stage: Stage, k: int) -> Metrics:
         """Choose states worth labelling among those visited, and label them (E2, E3a, E4)."""
@@ -469,12 +464,28 @@ class Cycle:
         )
 
 
-def _as_frames(samples: Samples) -> tuple[np.ndarray, ...]:
-    """Turn samples of the flow into frames whose weights sum to K at every state."""
-    n_samples = samples.energy.shape[1]
+def _as_frames(samples: Samples, force_field: ForceField) -> FlowFrames:
+    """Turn samples of the flow into frames whose weights sum to K at every state.
+
+    The bead force and free energy at a state are what its samples say, not the force field: these
+    states were chosen where it may be wrong. Free energies get the force field's zero.
+    """
+    n_states, n_samples = samples.energy.shape
+    force = mean_force(samples.log_weight, samples.labels).value
+    energy = free_energy(samples.log_weight, samples.temperature_K).value
+    modelled, _ = evaluation.bead_energies(force_field, samples.beads)
+    energy = energy + np.median(modelled - energy)
+    state = np.repeat(np.arange(n_states), n_samples).reshape(n_states, n_samples)
     weight = normalised_weights(samples.log_weight) * n_samples
-    use = np.isfinite(samples.energy) & (weight > 1e-6)
-    return samples.positions[use], weight[use], samples.forces[use], samples.energy[use]
+    use = np.isfinite(samples.energy) & (weight > 1e-3)
+    return FlowFrames(
+        samples.positions[use],
+        weight[use],
+        samples.forces[use],
+        samples.energy[use],
+        force[state[use]],
+        energy[state[use]],
+    )
 
 
 def _show_terms(stage: Stage) -> ProgressCallback:

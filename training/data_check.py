@@ -6,8 +6,9 @@ wrong temperature, constraints or forces of other frames all break it, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from ccg_ase.mapping import CGMap
 
 from .equipartition import equipartition_ratio
 from .metrics import independent_samples
-from .reference import ReferenceData
+from .reference import ReferenceData, ReferenceDataError
 
 if TYPE_CHECKING:
     from ccg_mda.potential import Potential
@@ -95,10 +96,17 @@ def check(
         )
     elif not rigid:  # constraint forces are not in the data, so the theorem doesn't apply
         findings.append(_virial(data, cg_map, temperature_K))
-    if potential is not None:
+    if potential is not None and findings[-1].level != "error":  # one fault, one error
         findings.append(_potential(data, potential))
     findings.append(_sampling(data, cg_map))
     return findings
+
+
+def refuse_faults(findings: Iterable[Finding]) -> None:
+    """Raise a ReferenceDataError with all errors among the findings, if there are any."""
+    errors = [f"{f.title}: {f.detail}; {f.cure}" for f in findings if f.level == "error"]
+    if errors:
+        raise ReferenceDataError("\n".join(errors))
 
 
 def check_mapping(cg_map: CGMap) -> Iterator[Finding]:
@@ -110,25 +118,29 @@ def check_mapping(cg_map: CGMap) -> Iterator[Finding]:
             f"this is a '{cg_map.kind}' map; training supports slice maps, where a bead is an atom",
             "select one atom per bead, for example one 'name CA' per residue",
         )
+        return
     molecules = cg_map.atoms.molecules.max() + 1
     if molecules > 1:
+        detail = f"the bonds connect the atoms to {molecules} molecules; training supports one"
+        (lost,) = np.nonzero(cg_map.owner < 0)
+        if len(lost):
+            labels = (f"{cg_map.atoms.resnames[i]}:{cg_map.atoms.names[i]}" for i in lost)
+            names = ", ".join(islice(labels, MAX_NAMED)) + " ..." * (len(lost) > MAX_NAMED)
+            detail += f". Connected to no bead: {len(lost)} atoms, {names}"
         yield Finding(
             "error",
             "number of molecules",
-            f"the bonds connect the atoms to {molecules} separate molecules; training supports one",
+            detail,
             "keep one molecule in the topology (no water, no ions), or add missing bonds",
         )
-    (lost,) = np.nonzero(cg_map.owner < 0)
-    if len(lost):
-        names = [f"{cg_map.atoms.resnames[i]}:{cg_map.atoms.names[i]}" for i in lost[:MAX_NAMED]]
+    elif cg_map.n_beads < 3:
         yield Finding(
             "error",
-            "atoms without a bead",
-            f"{len(lost)} atoms are not connected to any bead: {', '.join(names)}"
-            + (" ..." if len(lost) > MAX_NAMED else ""),
-            "add a bead to their molecule, or leave them out of the topology",
+            "number of beads",
+            f"the map has {cg_map.n_beads} bead(s); placing atoms needs three to fix a frame",
+            "add beads to the mapping",
         )
-    if cg_map.kind == "slice" and molecules == 1 and not len(lost):
+    else:
         yield Finding(
             "ok",
             "mapping",

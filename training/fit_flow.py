@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -57,6 +58,11 @@ class FlowFrames:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def joined(self, other: FlowFrames) -> FlowFrames:
+        """Return the frames of both; all arrays of one must be there in the other."""
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return FlowFrames(*(None if a is None else np.concatenate([a, b]) for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,23 @@ def flow_loss(
     return loss, {name: float(value.detach()) for name, value in values.items()}
 
 
+@contextmanager
+def _fixed_order() -> Iterator[None]:
+    """Add gradients in a fixed order, whatever the number of threads.
+
+    Otherwise the gradient of an indexed tensor is summed by whichever thread comes first, and two
+    runs of one seed part ways after a few steps.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@_fixed_order()
 def fit_flow(
     flow: Backmapper,
     frames: FlowFrames,

@@ -105,6 +105,8 @@ def free_energy_difference(p: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """
     both = (p > 0) & (reference > 0)
     difference = np.full(p.shape, np.nan)
+    if not both.any():
+        return difference
     difference[both] = np.log(reference[both]) - np.log(p[both])
     return difference - np.average(difference[both], weights=reference[both])
 

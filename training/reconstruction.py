@@ -253,7 +253,6 @@ def read_samples(
         if progress is not None:
             progress(done, len(bead_frames))
     positions, forces, energy, log_prob = (np.concatenate(c) for c in zip(*parts, strict=True))
-    forces *= MDANALYSIS_FORCE
     labelled = pull_back_frames(backmapper, positions, energy, forces)
     shape = (len(bead_frames), n_samples)
 

@@ -69,9 +69,9 @@ class Stages:
         record = {"stage": name, "iteration": iteration, "calls": 0} | metrics
         record["seconds"] = round(time.monotonic() - started, 2)
         self.records.append(record)
-        write_text(self._file, json.dumps(self.records, indent=1))
         lines = "".join(json.dumps(line) + "\n" for line in self.records)
         write_text(self.directory / "metrics.jsonl", lines)
+        write_text(self._file, json.dumps(self.records, indent=1))  # last: now the stage is done
         return record
 
 
