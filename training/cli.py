@@ -253,7 +253,9 @@ def backmap(
     seed: Annotated[int, typer.Option(min=0, help="Same seed: same atoms.")] = 0,
     energies: Annotated[
         Path | None,
-        typer.Option(metavar="CONFIG", help="TOML file whose [potential] gives energies, weights."),
+        typer.Option(
+            metavar="CONFIG", help="TOML file whose \\[potential] gives energies, weights."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
 ) -> None:

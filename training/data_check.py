@@ -82,8 +82,7 @@ def check(
                 "use the topology that the data were made with",
             )
         ]
-    findings = [*check_mapping(cg_map), *_geometry(data, cg_map)]
-    rigid = any(finding.title == "rigid bonds" for finding in findings)
+    findings = list(_geometry(data, cg_map))  # errors here end the comparison: one fault, one error
     if data.forces is None:
         findings.append(
             Finding(
@@ -94,12 +93,15 @@ def check(
                 'write TRR or H5MD with forces, give forces_file, or use source = "generate"',
             )
         )
-    elif not rigid:  # constraint forces are not in the data, so the theorem doesn't apply
+    elif not _faulty(findings):  # e.g. constraint forces are not in the data
         findings.append(_virial(data, cg_map, temperature_K))
-    if potential is not None and findings[-1].level != "error":  # one fault, one error
+    if potential is not None and not _faulty(findings):
         findings.append(_potential(data, potential))
-    findings.append(_sampling(data, cg_map))
-    return findings
+    return [*check_mapping(cg_map), *findings, _sampling(data, cg_map)]
+
+
+def _faulty(findings: list[Finding]) -> bool:
+    return any(finding.level == "error" for finding in findings)
 
 
 def refuse_faults(findings: Iterable[Finding]) -> None:

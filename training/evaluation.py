@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from MDAnalysis.lib.formats.libdcd import DCDFile
 
-from ccg_ase.checkpoint import load_model
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
 from ccg_mda.flow import Backmapper
@@ -26,12 +25,13 @@ from .estimators import (
 )
 from .metrics import independent_samples
 from .reconstruction import Samples, pull_back_frames, reconstruct
-from .reference import ReferenceData
+from .reference import ReferenceData, read_npz
 from .report_data import ReportData
 from .states import dihedral_angles, internal_coordinates
 
 if TYPE_CHECKING:
-    from .cycle import Cycle
+    from .stages import Metrics
+    from .workspace import Workspace
 
 RARE_KT = 4.0  # a state is rare if its torsion bin lies this much above the most populated one
 _TORSION_BINS = 24
@@ -171,35 +171,34 @@ def held_out_check(
     return arrays, figures
 
 
-def report_data(cycle: Cycle, final: Path, model: Path) -> ReportData:
-    """Collect the arrays behind the report of a finished run."""
-    cg_map, directory = cycle.cg_map, cycle.directory
-    train, held_out = cycle.data
+def report_data(workspace: Workspace, records: list[Metrics]) -> ReportData:
+    """Collect the arrays behind the report of a finished run, and the records of its stages."""
+    config, cg_map, final = workspace.config, workspace.cg_map, workspace.final
+    train, held_out = workspace.data
     reference = cg_map.apply(np.concatenate([train.positions, held_out.positions]))
     visited = dcd_frames(final / "dynamics" / "beads.dcd")
     samples = Samples.load(final / "samples.npz")
-    levels = two_levels(samples, ForceField.from_model(load_model(model)))
+    levels = two_levels(samples, ForceField.from_model(workspace.last_model))
     with np.errstate(divide="ignore"):
         log_weights = (levels.log_states[:, None] + np.log(levels.samples)).ravel()
     kept = np.isfinite(log_weights)
-    check = np.load(final / "held_out.npz")
+    check = read_npz(final / "held_out.npz")
     ess, iteration, rare = [], [], []
-    for k in range(1, cycle.config.cycle.iterations + 1):
-        labelled = Samples.load(directory / f"iteration_{k}" / "samples.npz")
+    for k in range(1, config.cycle.iterations + 1):
+        labelled = Samples.load(workspace.iteration(k) / "samples.npz")
         ess.append(effective_sample_size(labelled.log_weight, axis=1))
         iteration.append(np.full(len(ess[-1]), k))
         rare.append(rare_states(labelled.beads, reference, cg_map))
-    records = cycle.stages.records
     of_beads = {"reference": reference, "beads": visited}
     internals = {k: internal_coordinates(v, cg_map.beads) for k, v in of_beads.items()}
     names = cg_map.beads.names
     shown = int(np.argmax(effective_sample_size(samples.log_weight, axis=1)))
     chain = cg_map.beads.dihedrals()[:2]
     atom_torsions = np.repeat(torsions(samples.beads, cg_map), samples.energy.shape[1], axis=0)
-    replicas = cycle.config.dynamics.replicas
+    replicas = config.dynamics.replicas
     return ReportData(
-        name=cycle.config.system.name,
-        temperature_K=cycle.temperature_K,
+        name=config.system.name,
+        temperature_K=workspace.temperature_K,
         torsion_names=tuple("-".join(names[i] for i in quadruple) for quadruple in chain),
         torsions_reference=torsions(reference, cg_map),
         torsions_beads=torsions(visited, cg_map),

@@ -238,6 +238,7 @@ def _walk(plan: Plan, directory: Path, walker: int, reports: Any) -> None:
 
     try:
         for chunk in range(CHUNKS + 1):
+            report(done)
             if not plan.chunk_file(directory, walker, chunk).is_file():
                 _run_chunk(plan, directory, walker, chunk, lambda i, start=done: report(start + i))
             done += plan.chunk_frames(chunk) if chunk else 0

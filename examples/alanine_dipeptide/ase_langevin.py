@@ -24,8 +24,9 @@ T = calculator.temperature_K  # the energy is a free energy: it holds at this te
 rng = np.random.default_rng(0)
 thermalize_momenta(atoms, temperature_K=T, rng=rng)
 dynamics = LangevinBAOAB(atoms, 4 * units.fs, temperature_K=T, T_tau=1000 * units.fs, rng=rng)
-saved, energies = [], []
+saved = []
 dynamics.attach(lambda: saved.append(atoms.positions.reshape(16, 5, 3).copy()), interval=100)
+energies = []
 dynamics.attach(lambda: energies.append(atoms.get_potential_energy() / 16), interval=100)
 dynamics.run(2000)
 

@@ -7,8 +7,8 @@ from ase import units
 from ccg_ase.mapping import CGMap
 from ccg_ase.topology import Topology
 from ccg_ase.units import thermal_energy
-from ccg_training.data_check import check
-from ccg_training.reference import ReferenceData
+from ccg_training.data_check import check, refuse_faults
+from ccg_training.reference import ReferenceData, ReferenceDataError
 
 T = 300.0
 STIFF = 30.0  # eV/Å²
@@ -125,8 +125,24 @@ def test_another_potential(data, cg_map):
             return energy, forces + 0.1 * np.sin(positions)
 
     assert "another force field" in only_fault(check(data, cg_map, T, Other())).detail
+
+    class Kcal(Springs):
+        def __call__(self, positions):
+            energy, forces = super().__call__(positions)
+            return energy, forces / (units.mol / units.kcal)
+
+    assert "larger by 23.06" in only_fault(check(data, cg_map, T, Kcal())).detail
+
+
+def test_one_fault_gives_one_error(data, cg_map):
     kcal = changed(data, forces=data.forces * units.mol / units.kcal)
-    assert "larger by 23.06" in check(kcal, cg_map, T, Springs())[-2].detail
+    assert only_fault(check(kcal, cg_map, T, Springs())).title == "unit of the forces"
+    nm = changed(data, positions=data.positions / 10)
+    assert only_fault(check(nm, cg_map, T, Springs())).title == "unit of the positions"
+    with pytest.raises(ReferenceDataError, match=r"divide the forces by 23\.06") as error:
+        refuse_faults(check(kcal, cg_map, T, Springs()))
+    assert "\n" not in str(error.value)
+    refuse_faults(check(data, cg_map, T, Springs()))
 
 
 def test_energies_in_another_unit_and_a_harmless_shift(data, cg_map):
@@ -170,9 +186,14 @@ def test_a_molecule_split_by_a_box(data, cg_map):
 
 def test_atoms_that_the_map_misses(topology):
     parts = Topology(names=topology.names, masses=topology.masses, bonds=[(0, 1), (1, 2), (3, 4)])
-    found = faults(check(draw(), CGMap.from_slices(parts, [0, 2]), T))
-    assert [fault.title for fault in found] == ["number of molecules", "atoms without a bead"]
-    assert "MOL:C4, MOL:C5" in found[1].detail
+    fault = only_fault(check(draw(), CGMap.from_slices(parts, [0, 2]), T))
+    assert fault.title == "number of molecules"
+    assert "MOL:C4, MOL:C5" in fault.detail
+
+
+def test_too_few_beads(data, topology):
+    fault = only_fault(check(data, CGMap.from_slices(topology, [0, 2]), T))
+    assert fault.title == "number of beads"
 
 
 def test_a_map_that_training_does_not_support(data, topology):

@@ -1,0 +1,149 @@
+"""The stages that explore: bead dynamics through ASE, atoms through MDAnalysis, and checks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from ccg_ase.forcefield import ForceField
+from ccg_mda.flow import Backmapper
+from ccg_mda.transformation import backmap
+from ccg_mda.universe import bead_universe
+from ccg_mda.weights import effective_sample_size
+
+from . import evaluation
+from .estimators import label_variance, thermodynamics, to_kJ_per_mol
+from .labels import Labels, accept
+from .progress import Stage
+from .reconstruction import Samples, read_samples
+from .reference import write_npz
+from .sampling import ase_bead_dynamics
+from .stages import Metrics
+from .states import choose_states
+from .workspace import Workspace
+
+
+def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_steps: int) -> Metrics:
+    """Run bead dynamics on the force field of iteration k, from frames drawn at random."""
+    train, _ = workspace.data
+    settings = workspace.config.dynamics
+    rng = np.random.default_rng(workspace.seed(k, 7))
+    starts = rng.choice(len(train), settings.replicas, replace=len(train) < settings.replicas)
+    frames = ase_bead_dynamics(
+        ForceField.from_model(workspace.model(k)),
+        workspace.cg_map.apply(train.positions[starts]),
+        folder / "dynamics",
+        n_steps=n_steps,
+        save_every=settings.save_every,
+        driver=settings.driver,
+        timestep_fs=settings.timestep_fs,
+        friction_per_ps=settings.friction_per_ps,
+        seed=int(rng.integers(2**31)),
+        progress=lambda done, total, values: stage.update(
+            done, total, f"{values['temperature_K']:.0f} K"
+        ),
+    )
+    longest = evaluation.longest_bond(frames, workspace.cg_map)
+    return {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}
+
+
+def label_states(workspace: Workspace, stage: Stage, k: int) -> Metrics:
+    """Choose states worth labelling among those visited, and label them (E2, E3a, E4)."""
+    settings, folder = workspace.config.cycle, workspace.iteration(k)
+    visited = evaluation.dcd_frames(folder / "dynamics" / "beads.dcd")
+    chosen = choose_states(
+        visited,
+        min(settings.n_states, len(visited)),
+        workspace.cg_map.beads,
+        diverse=settings.diverse,
+        seed=workspace.seed(k, 8),
+    )
+    flow = Backmapper.from_model(workspace.model(k - 1))
+    samples = _atoms_of(
+        workspace, stage, folder, flow, chosen, settings.n_samples, workspace.seed(k, 9)
+    )
+    good = accept(samples.log_weight, min_ess=settings.min_ess, max_pareto_k=settings.max_pareto_k)
+    Labels.from_samples(samples, good).save(folder / "labels.npz")
+    split = thermodynamics(samples.log_weight, samples.energy, workspace.temperature_K)
+    parts = {"free_energy_eV": split.free_energy, "energy_eV": split.energy}
+    parts["entropy_eV_per_K"] = split.entropy
+    write_npz(
+        folder / "thermodynamics.npz",
+        {"beads": samples.beads, "accepted": good}
+        | {name: part.value for name, part in parts.items()}
+        | {f"{name}_error": part.error for name, part in parts.items()},
+    )
+    samples.save(folder / "samples.npz")
+    ess = effective_sample_size(samples.log_weight, axis=1)
+    variance = label_variance(samples.log_weight, samples.labels)
+    return {
+        "calls": samples.n_calls,
+        "states": len(chosen),
+        "accepted": int(good.sum()),
+        "ess_mean": float(ess.mean()),
+        "ess_p5": float(np.percentile(ess, 5)),
+        "label_variance_kJ2": float(to_kJ_per_mol(np.median(variance))),
+    }
+
+
+def reconstruct_ensemble(workspace: Workspace, stage: Stage) -> Metrics:
+    """Reconstruct the final bead ensemble, evenly thinned, with two-level weights (E6)."""
+    settings, folder, model = workspace.config.cycle, workspace.final, workspace.last_model
+    visited = evaluation.dcd_frames(folder / "dynamics" / "beads.dcd")
+    chosen = np.linspace(0, len(visited) - 1, min(settings.n_report, len(visited))).astype(int)
+    flow = Backmapper.from_model(model)
+    seed = workspace.seed(0, 10)
+    samples = _atoms_of(workspace, stage, folder, flow, chosen, settings.n_report_samples, seed)
+    samples.save(folder / "samples.npz")
+    levels = evaluation.two_levels(samples, ForceField.from_model(model))
+    return {
+        "calls": samples.n_calls,
+        "states": len(chosen),
+        "ess_states": levels.ess_states,
+        "ess_samples": levels.ess_samples,
+        "ess_two_level": levels.ess,
+    }
+
+
+def check_held_out(workspace: Workspace, stage: Stage) -> Metrics:
+    """Measure the flow at the beads of held-out frames (E1, ESS, label variance)."""
+    train, held_out = workspace.data
+    arrays, figures = evaluation.held_out_check(
+        Backmapper.from_model(workspace.last_model),
+        workspace.potential,
+        train,
+        held_out,
+        n_states=workspace.config.cycle.n_held_out,
+        n_samples=200,
+        seed=workspace.seed(0, 11),
+        progress=stage.update,
+    )
+    write_npz(workspace.final / "held_out.npz", arrays)
+    return figures
+
+
+def _atoms_of(
+    workspace: Workspace,
+    stage: Stage,
+    folder: Path,
+    flow: Backmapper,
+    chosen: np.ndarray,
+    n_samples: int,
+    seed: int,
+) -> Samples:
+    """Reconstruct bead frames through the MDAnalysis Universe, and label them."""
+    with warnings.catch_warnings():
+        # Which copies of a Timestep the reader makes is no matter here.
+        warnings.filterwarnings("ignore", "DCDReader currently makes", DeprecationWarning)
+        beads = bead_universe(folder / "dynamics" / "beads.dcd", workspace.cg_map)
+        atoms = backmap(
+            beads,
+            flow,
+            n_samples=n_samples,
+            seed=seed,
+            potential=workspace.potential,
+            prefetch=64,
+        )
+        return read_samples(atoms, flow, chosen, n_samples, progress=stage.update)

@@ -1,0 +1,211 @@
+"""The stages that learn: flow and force field, from what the run directory holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ccg_ase.checkpoint import load_model
+from ccg_ase.forcefield import ForceField
+from ccg_ase.prior import Prior
+from ccg_ase.units import thermal_energy
+from ccg_mda.flow import Backmapper
+
+from .estimators import free_energy, label_variance, mean_force, normalised_weights
+from .evaluation import bead_energies
+from .fit_flow import (
+    LIKELIHOOD_ONLY,
+    FlowFrames,
+    FlowLoss,
+    ProgressCallback,
+    fit_flow,
+    mean_nll,
+)
+from .fit_forcefield import FitSettings, fit_force_field
+from .labels import Labels
+from .progress import Stage
+from .reconstruction import Samples, pull_back_frames
+from .reference import MDANALYSIS_FORCE
+from .stages import Metrics
+from .workspace import Workspace
+
+
+def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
+    """Fit a new flow to the frames by forward KL."""
+    train, held_out = workspace.data
+    settings = workspace.config.flow
+    positions = torch.from_numpy(train.positions)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(workspace.seed(0, 1))
+        flow = Backmapper.from_data(
+            workspace.cg_map,
+            workspace.temperature_K,
+            positions,
+            width=settings.width,
+            hops=settings.hops,
+        )
+    batch = 2 * settings.batch_size
+    frames = FlowFrames(train.positions, np.ones(len(train)))
+    fit_flow(
+        flow,
+        frames,
+        terms=LIKELIHOOD_ONLY,
+        steps=max(1, settings.likelihood_epochs * len(train) // batch),
+        batch_size=batch,
+        learning_rate=settings.learning_rate,
+        seed=workspace.seed(0, 2),
+        clip=5.0,
+        progress=_show_terms(stage),
+    )
+    workspace.save(workspace.iteration(0) / "flow.ccg", {"backmapper": flow})
+    return {"nll": mean_nll(flow, held_out.positions)}
+
+
+def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
+    """Fit the flow to forces: on frames, and after the first iteration on its own samples."""
+    train, held_out = workspace.data
+    settings, folder = workspace.config.flow, workspace.iteration(k)
+    if k == 0:
+        flow = Backmapper.load(folder / "flow.ccg")
+        force_field = ForceField.from_model(load_model(folder / "force_field.ccg"))
+    else:
+        before = workspace.model(k - 1)
+        flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
+    energy, force = bead_energies(force_field, workspace.cg_map.apply(train.positions))
+    every = np.ones(len(train))
+    frames = FlowFrames(train.positions, every, train.forces, train.energy, force, energy)
+    if k:
+        frames = frames.joined(_as_frames(Samples.load(folder / "samples.npz"), force_field))
+    history = fit_flow(
+        flow,
+        frames,
+        terms=FlowLoss(),
+        steps=settings.refit_steps if k else settings.force_steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate / (2 if k else 1),
+        seed=workspace.seed(k, 3),
+        progress=_show_terms(stage),
+    )
+    if k:
+        workspace.save(folder / "flow.ccg", {"backmapper": flow})
+    else:
+        workspace.save(folder / "model.ccg", {"backmapper": flow, "force_field": force_field})
+    return {"nll": mean_nll(flow, held_out.positions), "loss": history[-1]}
+
+
+def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
+    """Label stored frames (E3b): no weights and no energy calls."""
+    train, _ = workspace.data
+    chosen = np.unique(
+        np.linspace(0, len(train) - 1, workspace.config.cycle.n_frame_labels).astype(int)
+    )
+    flow = Backmapper.load(workspace.iteration(k) / "flow.ccg")
+    force_variance, log_weight_variance = _scatter(workspace, k)
+    kt = thermal_energy(workspace.temperature_K)
+    parts = []
+    for piece in np.array_split(chosen, max(1, len(chosen) // 2000)):
+        frames = pull_back_frames(
+            flow, train.positions[piece], train.energy[piece], train.forces[piece]
+        )
+        every = np.ones(len(piece))
+        # At q = p the log-weight of a single frame is ln Z(s): a free energy, with its scatter.
+        free_energy = -kt * frames.log_weight[:, 0]
+        parts.append(
+            Labels(
+                frames.beads,
+                frames.labels[:, 0],
+                force_variance * every,
+                free_energy,
+                kt**2 * log_weight_variance * every,
+            )
+        )
+        stage.update(sum(map(len, parts)), len(chosen))
+    labels = Labels.concatenate(*parts)
+    labels.save(workspace.iteration(k) / "frame_labels.npz")
+    return {"labels": len(labels)}
+
+
+def _scatter(workspace: Workspace, k: int) -> tuple[float, float]:
+    """Variance at fixed s of a single label, (eV/Å)², and of a log-weight."""
+    if k == 0:
+        # Not measured yet; typical after likelihood alone (flow_recipe.md, run L5).
+        return 60.0 * MDANALYSIS_FORCE**2, 0.5
+    samples = Samples.load(workspace.iteration(k) / "samples.npz")
+    force = np.median(label_variance(samples.log_weight, samples.labels))
+    spread = np.median(samples.log_weight.var(axis=1))
+    return float(force), float(spread)
+
+
+def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
+    """Fit the force field to all labels so far, by inverse variance."""
+    train, _ = workspace.data
+    settings, folder = workspace.config.force_field, workspace.iteration(k)
+    if k == 0:
+        beads = workspace.cg_map.apply(train.positions)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(workspace.seed(0, 4))
+            force_field = ForceField(
+                workspace.cg_map,
+                workspace.temperature_K,
+                Prior.fit(beads, workspace.cg_map.beads, workspace.temperature_K),
+                channels=settings.channels,
+                l_max=settings.l_max,
+                n_layers=settings.n_layers,
+                cutoff_A=settings.cutoff_A,
+                reference_beads=beads[0],
+            )
+    else:
+        force_field = ForceField.from_model(workspace.model(k - 1))
+    labels = Labels.load(folder / "frame_labels.npz")
+    for i in range(1, k + 1):
+        labels = Labels.concatenate(labels, Labels.load(workspace.iteration(i) / "labels.npz"))
+    result = fit_force_field(
+        force_field,
+        *labels.split(seed=workspace.seed(k, 5)),
+        FitSettings(
+            steps=settings.steps if k == 0 else settings.refit_steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate / (2 if k else 1),
+            seed=workspace.seed(k, 6),
+        ),
+        progress=lambda step, steps, values: stage.update(
+            step, steps, f"force error {values['force_error']:.4f} eV/Å"
+        ),
+    )
+    if k:
+        parts = {"backmapper": Backmapper.load(folder / "flow.ccg"), "force_field": force_field}
+        workspace.save(folder / "model.ccg", parts)
+    else:
+        workspace.save(folder / "force_field.ccg", {"force_field": force_field})
+    return {"labels": len(labels)} | result
+
+
+def _as_frames(samples: Samples, force_field: ForceField) -> FlowFrames:
+    """Turn samples of the flow into frames whose weights sum to K at every state.
+
+    The bead force and free energy at a state are what its samples say, not the force field: these
+    states were chosen where it may be wrong. Free energies get the force field's zero.
+    """
+    n_states, n_samples = samples.energy.shape
+    force = mean_force(samples.log_weight, samples.labels).value
+    energy = free_energy(samples.log_weight, samples.temperature_K).value
+    modelled, _ = bead_energies(force_field, samples.beads)
+    energy = energy + np.median(modelled - energy)
+    state = np.repeat(np.arange(n_states), n_samples).reshape(n_states, n_samples)
+    weight = normalised_weights(samples.log_weight) * n_samples
+    use = np.isfinite(samples.energy) & (weight > 1e-3)
+    return FlowFrames(
+        samples.positions[use],
+        weight[use],
+        samples.forces[use],
+        samples.energy[use],
+        force[state[use]],
+        energy[state[use]],
+    )
+
+
+def _show_terms(stage: Stage) -> ProgressCallback:
+    def show(step: int, steps: int, values: dict[str, float]) -> None:
+        stage.update(step, steps, " ".join(f"{k} {v:.3g}" for k, v in values.items()))
+
+    return show
