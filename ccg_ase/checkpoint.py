@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ccg_ase.mapping import CGMap
@@ -131,7 +131,10 @@ def save_model(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={_HEADER: text})
+        with open(temporary, "wb") as file:  # with the user's usual permissions, unlike save_file
+            file.write(save(tensors, metadata={_HEADER: text}))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

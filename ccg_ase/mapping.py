@@ -82,9 +82,14 @@ class CGMap:
     ) -> CGMap:
         """Make every listed atom a bead, in this order."""
         indices = np.array(indices, int)
+        _check_range("atom", indices, len(atoms))
         unique, counts = np.unique(indices, return_counts=True)
         if np.any(counts > 1):
-            raise ValueError(f"atom {unique[counts > 1][0]} is listed as two slice beads")
+            twice = unique[counts > 1][0]
+            raise ValueError(
+                f"atom {twice} ({atoms.names[twice]}) is listed as two slice beads; an atom can be "
+                "one bead only"
+            )
         return cls._build(atoms, np.arange(len(indices)), indices, np.ones(len(indices)), names)
 
     @classmethod

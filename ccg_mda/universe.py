@@ -69,10 +69,14 @@ def cg_map(
         groups = _groups(atoms, topology, beads)
     else:
         selections = list(beads.values() if isinstance(beads, Mapping) else beads)
-        groups = [_local(atoms, atoms.select_atoms(selection)) for selection in selections]
+        groups = [_select(atoms, selection) for selection in selections]
         for selection, group in zip(selections, groups, strict=True):
             if not group:
-                raise ValueError(f"the selection {selection!r} matches no atoms, hence no bead")
+                known = " ".join(sorted(set(topology.names))[:30])
+                raise ValueError(
+                    f"the selection {selection!r} matches no atoms, hence no bead; names of atoms "
+                    f"here are {known}"
+                )
     if not groups:
         raise ValueError(
             f"{beads!r} selects no atoms, hence no beads; presets are {', '.join(PRESETS)}"
@@ -91,11 +95,18 @@ def _groups(atoms: mda.AtomGroup, topology: Topology, beads: str) -> list[list[i
         _, first = np.unique(labels, return_index=True)
         return [np.flatnonzero(labels == labels[i]).tolist() for i in np.sort(first)]
     selection = _SLICE_PRESETS.get(beads, beads)
-    return [[i] for i in _local(atoms, atoms.select_atoms(selection))]
+    return [[i] for i in _select(atoms, selection)]
 
 
-def _local(atoms: mda.AtomGroup, selected: mda.AtomGroup) -> list[int]:
+def _select(atoms: mda.AtomGroup, selection: str) -> list[int]:
     """Return indices within ``atoms`` rather than within its Universe."""
+    try:
+        selected = atoms.select_atoms(selection)
+    except mda.SelectionError as error:
+        raise ValueError(
+            f"{selection!r} is no selection of MDAnalysis ({error}); write e.g. 'resname ALA and "
+            "name CA'"
+        ) from error
     position = {ix: k for k, ix in enumerate(atoms.ix)}
     return [position[ix] for ix in selected.ix]
 
@@ -248,7 +259,16 @@ def bead_universe(
         raise ValueError(
             f"expected beads of shape (n_frames, {the_map.n_beads}, 3), got {trajectory.shape}"
         )
-    return universe_from(the_map.beads, trajectory, **reader)
+    try:
+        return universe_from(the_map.beads, trajectory, **reader)
+    except (ValueError, TypeError) as error:
+        if not isinstance(beads, str | PathLike):
+            raise
+        reason = " ".join(str(error).split())  # MDAnalysis uses several lines
+        raise ValueError(
+            f"{beads} can't be read as a trajectory of the model's {the_map.n_beads} beads "
+            f"({reason}); use the model that it was made with"
+        ) from error
 
 
 def _read_ase(path: str, the_map: CGMap) -> np.ndarray:

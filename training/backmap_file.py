@@ -34,7 +34,7 @@ def backmap_file(
     n_samples, seed
         Reconstructions per bead frame, and the seed of their noise.
     config
-        TOML file whose [potential] gives energies and weights.
+        TOML file whose [potential] gives energies and weights; its temperature must be the model's.
     force
         Overwrite files that are there.
 
@@ -44,6 +44,7 @@ def backmap_file(
         What was written, in a sentence.
     """
     from MDAnalysis import Writer
+    from MDAnalysis.coordinates.core import get_writer_for
 
     from ccg_mda.flow import Backmapper
     from ccg_mda.transformation import backmap
@@ -57,8 +58,14 @@ def backmap_file(
     for path in dict.fromkeys((out, table, structure)):
         if path.exists() and not force:
             raise FileExistsError(f"{path} exists; --force overwrites it")
-    potential = potential_of(Config.load(config)) if config is not None else None
-    backmapper = Backmapper.load(model)
+    try:
+        get_writer_for(str(out), multiframe=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"can't write {out}: {error}; try the ending .xtc or .pdb") from error
+    backmapper, potential, temperature_K = Backmapper.load(model), None, None
+    if config is not None:
+        settings = Config.load(config)
+        potential, temperature_K = potential_of(settings), settings.system.temperature_K
     names = ["cg_frame", "sample", "log_prob"] + ["energy", "log_weight"] * (potential is not None)
     rows: dict[str, list[float]] = {name: [] for name in names}
     with warnings.catch_warnings():
@@ -71,6 +78,7 @@ def backmap_file(
             n_samples=n_samples,
             seed=seed,
             potential=potential,
+            temperature_K=temperature_K,
         )
         if structure != out:
             universe.atoms.write(str(structure), frames=universe.trajectory[:1])

@@ -60,13 +60,19 @@ def _options(
 
 @contextmanager
 def _plain_errors(interrupted: str = "") -> Iterator[None]:
-    """Print errors that ccg raises on purpose in one line, with exit code 2.
+    """Print warnings, and errors that ccg raises on purpose, in one line; the latter exit with 2.
 
     Other exceptions are bugs, and keep their traceback.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def show(message: Warning | str, *_: object) -> None:
+        console.print(f"[yellow]warning:[/] {escape(str(message))}")
+
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
     except KeyboardInterrupt:
         console.print(f"[yellow]interrupted[/] {interrupted}".rstrip())
         raise typer.Exit(INTERRUPTED) from None

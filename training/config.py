@@ -189,6 +189,13 @@ class Dynamics(Section):
     n_final_steps: PositiveInt = Field(20000, description="steps of the ensemble of the report")
     save_every: PositiveInt = Field(50, description="steps between stored bead states")
 
+    @model_validator(mode="after")
+    def _whole_saves(self) -> Dynamics:
+        for name in ("n_steps", "n_final_steps"):
+            if getattr(self, name) % self.save_every:
+                raise _fault(f"{name} must be a multiple of save_every = {self.save_every}")
+        return self
+
 
 class Cycle(Section):
     """The loop: sample beads, reconstruct atoms, label, refit."""
@@ -216,7 +223,9 @@ class Run(Section):
 
     directory: AnyPath | None = Field(None, description="default: runs/<name> beside this file")
     seed: NonNegativeInt = Field(0, description="same seed, same machine: same result")
-    threads: PositiveInt = Field(2, description="CPU threads for training")
+    threads: PositiveInt = Field(
+        1, description="CPU threads for training; 2 stall on a busy machine"
+    )
 
 
 class Config(Section):

@@ -82,7 +82,8 @@ def check(
                 "use the topology that the data were made with",
             )
         ]
-    findings = list(_geometry(data, cg_map))  # errors here end the comparison: one fault, one error
+    # Each check presumes that the ones before found nothing: one fault, one error.
+    findings = list(_geometry(data, cg_map))
     if data.forces is None:
         findings.append(
             Finding(
@@ -93,10 +94,10 @@ def check(
                 'write TRR or H5MD with forces, give forces_file, or use source = "generate"',
             )
         )
-    elif not _faulty(findings):  # e.g. constraint forces are not in the data
-        findings.append(_virial(data, cg_map, temperature_K))
     if potential is not None and not _faulty(findings):
         findings.append(_potential(data, potential))
+    if data.forces is not None and not _faulty(findings):
+        findings.append(_virial(data, cg_map, temperature_K))
     return [*check_mapping(cg_map), *findings, _sampling(data, cg_map)]
 
 
@@ -189,6 +190,11 @@ def _geometry(data: ReferenceData, cg_map: CGMap) -> Iterator[Finding]:
         )
 
 
+def _nearest_unit(ratio: float) -> tuple[str, float]:
+    """Return the unit whose forces look larger than in eV/Å by about `ratio`, and by how much."""
+    return min(FORCE_UNITS.items(), key=lambda item: abs(np.log(ratio / item[1])))
+
+
 def _virial(data: ReferenceData, cg_map: CGMap, temperature_K: float) -> Finding:
     ratio, error = equipartition_ratio(data.positions, data.forces, cg_map.atoms, temperature_K)
     tolerance = max(4 * error, 0.02)
@@ -203,7 +209,7 @@ def _virial(data: ReferenceData, cg_map: CGMap, temperature_K: float) -> Finding
             f"{seen}; {sign}",
             "multiply the forces by -1" if "grad" in sign else "check how the forces were written",
         )
-    unit, factor = min(FORCE_UNITS.items(), key=lambda item: abs(np.log(ratio / item[1])))
+    unit, factor = _nearest_unit(ratio)
     if abs(np.log(ratio / factor)) < 0.3:
         return Finding(
             "error",
@@ -244,16 +250,24 @@ def _potential(data: ReferenceData, potential: Potential) -> Finding:
         factor = float((forces * picked.forces).sum() / (forces**2).sum())
         rest = picked.forces - factor * forces
         off = float(np.sqrt((rest**2).mean() / (forces**2).mean()))
-        if off > 0.01 * abs(factor) or abs(factor - 1) > 0.01:
-            cause = "another force field, cut-off or order of atoms"
-            if off < 0.01 * abs(factor):
-                cause = f"another unit: all forces are larger by {factor:.5g}"
+        if off > 0.01 * abs(factor):
             return Finding(
                 "error",
                 "potential",
-                f"recomputed forces of {len(picked)} frames differ from the stored ones "
-                f"(slope {factor:.4g}, relative rest {off:.2g}): {cause}",
-                "use the force field that made the data, in eV/Å",
+                f"recomputed forces of {len(picked)} frames differ from the stored ones (slope "
+                f"{factor:.4g}, relative rest {off:.2g}): another force field, cut-off or order of "
+                "atoms",
+                "use the force field that made the data",
+            )
+        if abs(factor - 1) > 0.01:
+            unit, usual = _nearest_unit(abs(factor))
+            known = abs(abs(factor) / usual - 1) < 0.01
+            return Finding(
+                "error",
+                "unit of the forces" if factor > 0 else "sign of the forces",
+                f"all stored forces are {factor:.5g} times those of the potential"
+                + (f"; forces in {unit} would be {usual:.5g} times" if known else ""),
+                f"divide the forces by {factor:.6g} to have eV/Å",
             )
         parts.append(f"forces to {max(off, abs(factor - 1)):.1g}")
     if picked.energy is not None:

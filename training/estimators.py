@@ -129,6 +129,12 @@ def label_variance(log_weight: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return squares.sum(1) / (weight.sum(1) - (weight**2).sum(1))
 
 
+def typical(values: np.ndarray) -> float:
+    """Median of the finite values; NaN if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else np.nan
+
+
 def to_kJ_per_mol(variance_eV2: np.ndarray) -> np.ndarray:
     """Convert a variance from (eV/Å)² to (kJ/mol/Å)²."""
     return np.asarray(variance_eV2) * KJ_PER_MOL_PER_EV**2

@@ -14,7 +14,7 @@ from ccg_mda.universe import bead_universe
 from ccg_mda.weights import effective_sample_size
 
 from . import evaluation
-from .estimators import label_variance, thermodynamics, to_kJ_per_mol
+from .estimators import label_variance, thermodynamics, to_kJ_per_mol, typical
 from .labels import Labels, accept
 from .progress import Stage
 from .reconstruction import Samples, read_samples
@@ -84,7 +84,7 @@ def label_states(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         "accepted": int(good.sum()),
         "ess_mean": float(ess.mean()),
         "ess_p5": float(np.percentile(ess, 5)),
-        "label_variance_kJ2": float(to_kJ_per_mol(np.median(variance))),
+        "label_variance_kJ2": float(to_kJ_per_mol(typical(variance))),
     }
 
 

@@ -83,19 +83,17 @@ class FlowLoss:
 LIKELIHOOD_ONLY = FlowLoss(noise_force=0.0, label=0.0, energy=0.0)
 
 
-def relabelling(backmapper: Backmapper) -> np.ndarray:
-    """Return all cyclic relabellings of the identical atoms of each rotor, (n, n_atoms) indices.
+def relabellings(flow: Backmapper, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw random cyclic relabellings of the identical atoms of each rotor, (n, n_atoms) indices.
 
     The flow's rotors cover every labelling of a methyl group; a trajectory of finite length visits
     them unevenly. A random relabelling of every frame makes the data cover all of them too.
     """
-    groups = backmapper.placement.rotor_groups
-    shifts = np.indices((3,) * len(groups)).reshape(len(groups), -1).T
-    table = np.tile(np.arange(backmapper.cg_map.n_atoms), (len(shifts), 1))
-    for row, shift in zip(table, shifts, strict=True):
-        for group, by in zip(groups, shift, strict=True):
-            row[list(group)] = np.roll(group, by)
-    return table
+    order = np.tile(np.arange(flow.cg_map.n_atoms), (n, 1))
+    for group in flow.placement.rotor_groups:
+        turns = np.arange(len(group)) + rng.integers(len(group), size=(n, 1))
+        order[:, group] = np.take(group, turns, mode="wrap")
+    return order
 
 
 class _Batches:
@@ -103,7 +101,7 @@ class _Batches:
 
     def __init__(self, flow: Backmapper, frames: FlowFrames, rng: np.random.Generator) -> None:
         kt = thermal_energy(flow.temperature_K)
-        self._rng, self._table = rng, torch.from_numpy(relabelling(flow))
+        self._flow, self._rng = flow, rng
         centred = frames.positions - frames.positions.mean(1, keepdims=True)  # keeps float32 sharp
         self._by_atom = {"positions": centred}
         self._by_frame = {"weight": frames.weight / frames.weight.mean()}
@@ -122,7 +120,7 @@ class _Batches:
         """Return one batch of ``size`` frames, drawn with replacement."""
         n = len(self._by_frame["weight"])
         chosen = torch.from_numpy(self._rng.integers(0, n, size))
-        order = self._table[torch.from_numpy(self._rng.integers(0, len(self._table), size))]
+        order = torch.from_numpy(relabellings(self._flow, size, self._rng))
         order = order[..., None].expand(-1, -1, 3)
         batch = {name: torch.gather(a[chosen], 1, order) for name, a in self._by_atom.items()}
         return batch | {name: a[chosen] for name, a in self._by_frame.items()}
@@ -248,13 +246,14 @@ def fit_flow(
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if torch.isfinite(norm):
-            optimizer.step()
-        elif not torch.isfinite(loss):
+        if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the flow's loss is {loss.item()} at step {step}: lower the learning rate "
                 f"(now {learning_rate:g}) or look for broken frames with 'ccg check'"
             )
+        if not torch.isfinite(norm):
+            optimizer.zero_grad()  # a step without gradients changes nothing
+        optimizer.step()
         schedule.step()
         decay = min(averaging, step / (step + 10.0))
         with torch.no_grad():

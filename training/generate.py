@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import units
 
-from .reference import ReferenceData, ReferenceDataError, Tick, read_npz, write_npz
+from .reference import (
+    ReferenceData,
+    ReferenceDataError,
+    Tick,
+    read_npz,
+    read_structure,
+    write_npz,
+)
 
 if TYPE_CHECKING:
     from ccg_mda.potential import OpenMMPotential
@@ -161,15 +168,13 @@ def generate(
 
 def generate_from_config(config: Config, directory: Path, tick: Tick | None) -> ReferenceData:
     """Generate what the [reference] section asks for."""
-    from MDAnalysis import Universe
-
     from ccg_mda.potential import OpenMMPotential
 
     potential = OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
     settings = config.reference
     return generate(
         potential,
-        Universe(str(config.system.topology)).atoms.positions,
+        read_structure(config.system.topology).atoms.positions,
         config.system.temperature_K,
         directory,
         time_ns=settings.time_ns,

@@ -11,7 +11,7 @@ from ccg_ase.prior import Prior
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
-from .estimators import free_energy, label_variance, mean_force, normalised_weights
+from .estimators import free_energy, label_variance, mean_force, normalised_weights, typical
 from .evaluation import bead_energies
 from .fit_flow import (
     LIKELIHOOD_ONLY,
@@ -127,13 +127,15 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
 
 def _scatter(workspace: Workspace, k: int) -> tuple[float, float]:
     """Variance at fixed s of a single label, (eV/Å)², and of a log-weight."""
-    if k == 0:
-        # Not measured yet; typical after likelihood alone (flow_recipe.md, run L5).
-        return 60.0 * MDANALYSIS_FORCE**2, 0.5
-    samples = Samples.load(workspace.iteration(k) / "samples.npz")
-    force = np.median(label_variance(samples.log_weight, samples.labels))
-    spread = np.median(samples.log_weight.var(axis=1))
-    return float(force), float(spread)
+    if k:
+        samples = Samples.load(workspace.iteration(k) / "samples.npz")
+        force = typical(label_variance(samples.log_weight, samples.labels))
+        with np.errstate(invalid="ignore"):  # a clash has the log-weight -inf
+            spread = typical(samples.log_weight.var(axis=1))
+        if np.isfinite([force, spread]).all():
+            return force, spread
+    # Not measured; typical after likelihood alone (flow_recipe.md, run L5).
+    return 60.0 * MDANALYSIS_FORCE**2, 0.5
 
 
 def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
@@ -190,7 +192,7 @@ def _as_frames(samples: Samples, force_field: ForceField) -> FlowFrames:
     force = mean_force(samples.log_weight, samples.labels).value
     energy = free_energy(samples.log_weight, samples.temperature_K).value
     modelled, _ = bead_energies(force_field, samples.beads)
-    energy = energy + np.median(modelled - energy)
+    energy = energy + typical(modelled - energy)
     state = np.repeat(np.arange(n_states), n_samples).reshape(n_states, n_samples)
     weight = normalised_weights(samples.log_weight) * n_samples
     use = np.isfinite(samples.energy) & (weight > 1e-3)

@@ -18,6 +18,8 @@ import numpy as np
 from ase import units
 
 if TYPE_CHECKING:
+    from MDAnalysis import Universe
+
     from .config import Config
 
 MDANALYSIS_FORCE = units.kJ / units.mol  # kJ/mol/Å -> eV/Å
@@ -161,6 +163,21 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def read_structure(path: str | Path) -> Universe:
+    """Open a topology file with MDAnalysis; one error for whatever is wrong with it."""
+    from MDAnalysis import Universe
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return Universe(str(path))
+    except Exception as error:  # its parsers raise whatever they stumble over
+        reason = " ".join(str(error).split())
+        raise ReferenceDataError(
+            f"{path} can't be read as a structure ({reason}): is it a PDB file with atoms?"
+        ) from error
+
+
 def read_trajectory(
     topology: str | Path,
     files: Sequence[str | Path],
@@ -191,9 +208,7 @@ def read_trajectory(
         Another number of atoms than the topology, a truncated file, frames that are not finite,
         or forces in some files only.
     """
-    from MDAnalysis import Universe
-
-    n_atoms = len(Universe(str(topology)).atoms)
+    n_atoms = len(read_structure(topology).atoms)
     parts = []
     for walker, file in enumerate(map(Path, files)):
         if file.suffix == ".npz":
@@ -219,8 +234,10 @@ def _read_with_mdanalysis(topology: str | Path, file: Path, n_atoms: int) -> Ref
     try:
         trajectory = Universe(str(topology), str(file)).trajectory
     except (ValueError, OSError, EOFError, TypeError) as error:
+        reason = " ".join(str(error).split())  # MDAnalysis uses several lines
         raise ReferenceDataError(
-            f"{file} can't be opened with {topology} ({n_atoms} atoms): {error}"
+            f"{file} can't be opened with {topology} ({n_atoms} atoms): {reason}; use the topology "
+            "of this trajectory"
         ) from error
     positions, forces, times = [], [], []
     try:

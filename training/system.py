@@ -11,7 +11,7 @@ from ccg_ase.mapping import CGMap
 
 from .config import Config
 from .data_check import Finding, check, check_mapping
-from .reference import ReferenceData, trajectory_of
+from .reference import ReferenceData, read_structure, trajectory_of
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 def universe_of(config: Config) -> Universe:
     """Return the Universe of the topology file, with its one frame."""
-    from MDAnalysis import Universe
-
-    return Universe(str(config.system.topology))
+    return read_structure(config.system.topology)
 
 
 def mapping_of(config: Config) -> CGMap:
@@ -52,14 +50,7 @@ def first_config(topology: Path, forcefield: list[str] | None, folder: Path) -> 
     folder
         Where the TOML file will lie; paths in it start from there.
     """
-    from MDAnalysis import Universe
-
-    if not topology.is_file():
-        raise FileNotFoundError(f"no such file: {topology}")
-    try:
-        atoms = Universe(str(topology)).atoms
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{topology} can't be read as a structure: {error}") from error
+    atoms = read_structure(topology).atoms
     peptide = len(atoms.select_atoms("protein and name CA")) > 0
     sections = {
         "system": {"topology": topology.resolve()},

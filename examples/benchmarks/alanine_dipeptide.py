@@ -88,7 +88,7 @@ def ensemble(args: argparse.Namespace) -> None:
         starts,
         directory,
         n_steps=args.steps,
-        save_every=50,
+        save_every=args.save_every,
         driver=args.driver,
         seed=args.seed,
         progress=lambda done, total, values: print(f"\r{done} of {total} steps", end=""),
@@ -101,18 +101,18 @@ def ensemble(args: argparse.Namespace) -> None:
     p, q = metrics.torsion_histogram(of_known), metrics.torsion_histogram(of_visited)
     print(f"reference: {len(known)} frames; bead dynamics: {len(visited)} frames, 64 x 64 bins")
     print(f"Jensen-Shannon divergence of (phi, psi): {metrics.jensen_shannon(p, q):.5f} nats")
-    floor = metrics.jensen_shannon_floor(p, len(known), len(visited))
+    floor = metrics.jensen_shannon_floor(p, len(known), len(visited), rng=rng)
     print(f"finite-sample floor, frames independent: {floor:.5f} nats")
 
     beads = bead_universe(directory / "beads.dcd", cg_map)
     n_frames = len(beads.trajectory)
     chosen = np.linspace(0, n_frames - 1, min(args.states, n_frames)).astype(int)
-    atoms = backmap(beads, backmapper, n_samples=8, potential=potential(), prefetch=64)
-    samples = read_samples(atoms, backmapper, chosen, 8)
+    atoms = backmap(beads, backmapper, n_samples=4, potential=potential(), prefetch=64)
+    samples = read_samples(atoms, backmapper, chosen, 4)
     levels = evaluation.two_levels(samples, force_field)
     per_state = effective_sample_size(samples.log_weight, axis=1)
     print(f"two-level effective sample size: beads {levels.ess_states:.3f}, atoms "
-          f"{levels.ess_samples:.3f}, product {levels.ess:.3f}; per state (8 samples) "
+          f"{levels.ess_samples:.3f}, product {levels.ess:.3f}; per state (4 samples) "
           f"{per_state.mean():.3f}")  # fmt: skip
     phi = evaluation.torsions(samples.beads, cg_map)[:, 0]
     edges = np.linspace(-np.pi, np.pi, 37)
@@ -149,7 +149,7 @@ def stability(args: argparse.Namespace) -> None:
         starts,
         directory,
         n_steps=args.steps,
-        save_every=100,
+        save_every=args.save_every,
         driver=args.driver,
         seed=7,
         progress=lambda done, total, values: print(
@@ -175,10 +175,11 @@ def main() -> None:
             continue
         command.add_argument("model")
         command.add_argument("file")
-        command.add_argument("--states", type=int, default=200 if work is flow else 5000)
+        command.add_argument("--states", type=int, default=200 if work is flow else 20_000)
         command.add_argument("--driver", default="LangevinBAOAB")
         command.add_argument("--replicas", type=int, default=24)
-        command.add_argument("--steps", type=int, default=100_000)
+        command.add_argument("--steps", type=int, default=150_000)
+        command.add_argument("--save-every", type=int, default=50)
         command.add_argument("--seed", type=int, default=1)
         command.add_argument("--directory")
     args = parser.parse_args()

@@ -182,9 +182,7 @@ def test_positions_at_fixed_noise_are_smooth_in_the_beads(flow, beads, noise):
 
 def test_model_file_round_trip(flow, beads, noise, tmp_path):
     path = tmp_path / "model.ccg"
-    save_model(
-        path, cg_map=flow.cg_map, temperature_K=TEMPERATURE_K, parts={"backmapper": flow}
-    )
+    save_model(path, cg_map=flow.cg_map, temperature_K=TEMPERATURE_K, parts={"backmapper": flow})
     loaded = Backmapper.load(path)
     assert torch.equal(loaded(beads).positions_from(noise), flow(beads).positions_from(noise))
     save_model(path, cg_map=flow.cg_map, temperature_K=TEMPERATURE_K, parts={})

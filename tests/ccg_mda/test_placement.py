@@ -50,7 +50,7 @@ def test_maps_that_cannot_be_placed_say_why(ala2_topology, ala2_map):
     loose = Topology.from_dict(
         ala2_topology.to_dict() | {"bonds": ala2_topology.bonds[1:].tolist()}
     )
-    with pytest.raises(ValueError, match="not connected.*H1"):
+    with pytest.raises(ValueError, match=r"not connected.*H1"):
         Placement.from_map(CGMap.from_slices(loose, ala2_map.bead_atoms))
 
 

@@ -26,9 +26,7 @@ def test_chart_round_trip_and_derivative(chart):
     torch.testing.assert_close(chart.standardise(*coordinates), y, rtol=0, atol=1e-11)
     exact = [torch.autograd.grad(c.sum(), y, retain_graph=True)[0] for c in coordinates]
     exact = torch.stack([g[..., k] for k, g in enumerate(exact)], -1)
-    torch.testing.assert_close(
-        chart.log_derivatives(*coordinates), exact.log(), rtol=0, atol=1e-11
-    )
+    torch.testing.assert_close(chart.log_derivatives(*coordinates), exact.log(), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 1.5])

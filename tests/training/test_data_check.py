@@ -126,12 +126,21 @@ def test_another_potential(data, cg_map):
 
     assert "another force field" in only_fault(check(data, cg_map, T, Other())).detail
 
-    class Kcal(Springs):
-        def __call__(self, positions):
-            energy, forces = super().__call__(positions)
-            return energy, forces / (units.mol / units.kcal)
 
-    assert "larger by 23.06" in only_fault(check(data, cg_map, T, Kcal())).detail
+@pytest.mark.parametrize(
+    ("factor", "title", "unit"),
+    [
+        (units.mol / units.kcal, "unit of the forces", "kcal/mol/Å"),
+        (3.3, "unit of the forces", ""),
+        (-1.0, "sign of the forces", ""),
+    ],
+)
+def test_the_potential_names_a_wrong_unit_even_for_a_few_frames(data, cg_map, factor, title, unit):
+    few = changed(data, forces=factor * data.forces)[:3]
+    found = [fault for fault in faults(check(few, cg_map, T, Springs())) if fault.level == "error"]
+    assert [fault.title for fault in found] == [title]
+    assert unit in found[0].detail
+    assert found[0].cure == f"divide the forces by {factor:.6g} to have eV/Å"
 
 
 def test_one_fault_gives_one_error(data, cg_map):

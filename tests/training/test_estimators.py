@@ -16,6 +16,7 @@ from ccg_training.estimators import (
     thermodynamics,
     to_kJ_per_mol,
     two_level_weights,
+    typical,
 )
 from ccg_training.reconstruction import pull_back, pull_back_frames, reconstruct
 
@@ -180,6 +181,11 @@ def test_samples_without_weight():
     assert (bounds.lower.value == -np.inf).all()
     warmer = at_temperature(log_weight, energy, 300.0, 320.0)
     np.testing.assert_array_equal(np.isneginf(warmer), np.isneginf(log_weight))
+
+
+def test_a_typical_value_leaves_out_what_is_not_finite():
+    assert typical(np.array([np.nan, 3.0, np.inf, 1.0, 2.0, -np.inf])) == 2.0
+    assert np.isnan(typical(np.array([np.nan, np.inf])))
 
 
 def test_one_sample_has_no_error():

@@ -89,3 +89,7 @@ def test_independent_samples_of_an_autoregressive_series(memory):
     expected = len(noise) * (1 - memory) / (1 + memory)
     assert independent_samples(series) == pytest.approx(expected, rel=0.1)
     assert independent_samples(np.ones(50)) == 1
+
+
+def test_maps_without_a_common_bin_have_no_difference():
+    assert np.isnan(free_energy_difference(np.array([1.0, 0.0]), np.array([0.0, 1.0]))).all()
