@@ -170,6 +170,14 @@ class Conditioner(nn.Module):
         cutoff_A: float = 12.0,
     ) -> None:
         super().__init__()
+        self.config = {
+            "width": width,
+            "n_layers": n_layers,
+            "hops": hops,
+            "bead_hops": bead_hops,
+            "channels": channels,
+            "cutoff_A": cutoff_A,
+        }
         self.blocks = blocks = Blocks(cg_map, placement, rotor, hops, bead_hops)
         bead_types = sorted(set(cg_map.beads.types))
         self.encoder = Encoder(len(bead_types), channels=channels, n_layers=1, cutoff_A=cutoff_A)

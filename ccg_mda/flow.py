@@ -40,7 +40,7 @@ class Backmapper(nn.Module):
         The temperature of the data; conditioning at another one is refused.
     rotor
         Which placed atoms rotate freely, one flag per slot of :class:`Placement`.
-    width, n_layers, hops, channels, cutoff_A
+    width, n_layers, hops, bead_hops, channels, cutoff_A
         See :class:`Conditioner`.
 
     Notes
@@ -57,7 +57,6 @@ class Backmapper(nn.Module):
         self.cg_map, self.temperature_K = cg_map, float(temperature_K)
         self.placement = placement = Placement.from_map(cg_map)
         self._rotor = np.asarray(rotor, dtype=bool)
-        self._architecture = architecture
         self.conditioner = Conditioner(cg_map, placement, self._rotor, **architecture)
         n = len(placement.atoms)
         self.register_buffer("location", torch.zeros(n, 3))
@@ -83,7 +82,7 @@ class Backmapper(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able arguments that rebuild this module, beside the map and temperature."""
-        return {"rotor": self._rotor.tolist(), **self._architecture}
+        return {"rotor": self._rotor.tolist(), **self.conditioner.config}
 
     @classmethod
     def from_config(cls, cg_map: CGMap, temperature_K: float, config: dict) -> Backmapper:
@@ -180,9 +179,6 @@ class Backmapper(nn.Module):
         waves = phi[..., None] * orders
         return torch.cat([torch.cos(waves), torch.sin(waves)], -1) * self.rotor[..., None]
 
-    def _inner_features(self, y: Tensor, harmonics: Tensor) -> Tensor:
-        return torch.cat([y.masked_fill(self.rotor_dof, 0.0), harmonics], -1)
-
     def to_noise(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noise of ``points`` and ln q, in one parallel pass."""
         noise, log_p, log_dx = self.to_noise_terms(points)
@@ -201,7 +197,7 @@ class Backmapper(nn.Module):
         own = harmonics[:, slot] * ~circular[:, None]
         parameters, _, _ = self.conditioner(
             points,
-            self._inner_features(y, harmonics),
+            torch.cat([y.masked_fill(self.rotor_dof, 0.0), harmonics], -1),
             self.conditioner.encode(beads),
             own,
             torch.arange(len(slot), device=slot.device),

@@ -29,7 +29,8 @@ def backmap_file(
         Model file, and bead trajectory in a format of ASE or MDAnalysis.
     out
         Atomistic trajectory; its ending sets the format. Beside it, NAME.npz holds `cg_frame`,
-        `sample`, `log_prob` and, with energies, `energy` (eV) and `log_weight`; NAME.pdb holds
+        `sample`, `log_prob` and, with energies, `energy` (eV), `log_weight` (given the beads) and
+        `ensemble_log_weight` (for beads sampled with the model's force field); NAME.pdb holds
         the first frame as a topology, unless `out` is a PDB file itself.
     n_samples, seed
         Reconstructions per bead frame, and the seed of their noise.
@@ -46,11 +47,15 @@ def backmap_file(
     from MDAnalysis import Writer
     from MDAnalysis.coordinates.core import get_writer_for
 
+    from ccg_ase.checkpoint import load_model
+    from ccg_ase.forcefield import ForceField
+    from ccg_ase.units import thermal_energy
     from ccg_mda.flow import Backmapper
     from ccg_mda.transformation import backmap
     from ccg_mda.universe import bead_universe
     from ccg_mda.weights import effective_sample_size
 
+    from .evaluation import bead_energies
     from .system import potential_of
 
     table = out.with_suffix(".npz")
@@ -62,12 +67,13 @@ def backmap_file(
         get_writer_for(str(out), multiframe=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"can't write {out}: {error}; try the ending .xtc or .pdb") from error
-    backmapper, potential, temperature_K = Backmapper.load(model), None, None
+    loaded = load_model(model)
+    backmapper, potential, temperature_K = Backmapper.from_model(loaded), None, None
     if config is not None:
         settings = Config.load(config)
         potential, temperature_K = potential_of(settings), settings.system.temperature_K
     names = ["cg_frame", "sample", "log_prob"] + ["energy", "log_weight"] * (potential is not None)
-    rows: dict[str, list[float]] = {name: [] for name in names}
+    rows: dict[str, list] = {name: [] for name in ("beads", *names)}
     with warnings.catch_warnings():
         # MDAnalysis warns of what neither model nor bead file has: times, boxes, chain names ...
         warnings.filterwarnings("ignore", module="MDAnalysis")
@@ -85,17 +91,22 @@ def backmap_file(
         with Writer(str(out), len(universe.atoms), multiframe=True) as writer:
             for ts in universe.trajectory:
                 writer.write(universe.atoms)
-                for name in names:
-                    rows[name].append(ts.data[name])
+                for name, values in rows.items():
+                    values.append(ts.data[name])
     arrays = {name: np.array(values) for name, values in rows.items()}
+    visited = arrays.pop("beads")
+    if potential is not None and "force_field" in loaded.configs:
+        free_energy, _ = bead_energies(ForceField.from_model(loaded), visited)
+        kt = thermal_energy(loaded.temperature_K)
+        arrays["ensemble_log_weight"] = arrays["log_weight"] + free_energy / kt
     write_npz(table, arrays)
     text = f"wrote {len(universe.trajectory)} frames to {out}, densities to {table}"
     if structure != out:
         text += f", a topology to {structure}"
     if potential is not None:
-        share = effective_sample_size(arrays["log_weight"])
-        text += f"; effective sample size {share:.3f} over all frames"
-        if n_samples > 1:
-            each = effective_sample_size(arrays["log_weight"].reshape(-1, n_samples))
-            text += f", {each.mean():.3f} per bead frame"
+        each = effective_sample_size(arrays["log_weight"].reshape(-1, n_samples))
+        text += f"; effective sample size per bead frame {each.mean():.3f}"
+        if "ensemble_log_weight" in arrays:
+            share = effective_sample_size(arrays["ensemble_log_weight"])
+            text += f", of all frames as an ensemble of the bead force field {share:.3f}"
     return text
