@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +61,7 @@ def label_states(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     )
     flow = Backmapper.from_model(workspace.model(k - 1))
     samples = _atoms_of(
-        workspace, stage, folder, flow, chosen, settings.n_samples, workspace.seed(k, 9)
+        workspace, stage, flow, visited[chosen], settings.n_samples, workspace.seed(k, 9)
     )
     good = accept(samples.log_weight, min_ess=settings.min_ess, max_pareto_k=settings.max_pareto_k)
     Labels.from_samples(samples, good).save(folder / "labels.npz")
@@ -95,7 +94,7 @@ def reconstruct_ensemble(workspace: Workspace, stage: Stage) -> Metrics:
     chosen = np.linspace(0, len(visited) - 1, min(settings.n_report, len(visited))).astype(int)
     flow = Backmapper.from_model(model)
     seed = workspace.seed(0, 10)
-    samples = _atoms_of(workspace, stage, folder, flow, chosen, settings.n_report_samples, seed)
+    samples = _atoms_of(workspace, stage, flow, visited[chosen], settings.n_report_samples, seed)
     samples.save(folder / "samples.npz")
     levels = evaluation.two_levels(samples, ForceField.from_model(model))
     return {
@@ -127,23 +126,18 @@ def check_held_out(workspace: Workspace, stage: Stage) -> Metrics:
 def _atoms_of(
     workspace: Workspace,
     stage: Stage,
-    folder: Path,
     flow: Backmapper,
-    chosen: np.ndarray,
+    beads: np.ndarray,
     n_samples: int,
     seed: int,
 ) -> Samples:
-    """Reconstruct bead frames through the MDAnalysis Universe, and label them."""
-    with warnings.catch_warnings():
-        # Which copies of a Timestep the reader makes is no matter here.
-        warnings.filterwarnings("ignore", "DCDReader currently makes", DeprecationWarning)
-        beads = bead_universe(folder / "dynamics" / "beads.dcd", workspace.cg_map)
-        atoms = backmap(
-            beads,
-            flow,
-            n_samples=n_samples,
-            seed=seed,
-            potential=workspace.potential,
-            prefetch=64,
-        )
-        return read_samples(atoms, flow, chosen, n_samples, progress=stage.update)
+    """Reconstruct bead states through the MDAnalysis Universe, and label them."""
+    atoms = backmap(
+        bead_universe(beads, workspace.cg_map),
+        flow,
+        n_samples=n_samples,
+        seed=seed,
+        potential=workspace.potential,
+        prefetch=256,
+    )
+    return read_samples(atoms, flow, n_samples, progress=stage.update)

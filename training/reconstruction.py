@@ -216,12 +216,11 @@ def pull_back_frames(
 def read_samples(
     universe: Universe,
     backmapper: nn.Module,
-    bead_frames: np.ndarray,
     n_samples: int,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Samples:
-    """Read reconstructions from a backmapped Universe, and label them.
+    """Read all reconstructions of a backmapped Universe, and label them.
 
     Parameters
     ----------
@@ -230,31 +229,22 @@ def read_samples(
         carries log_prob, energy and forces.
     backmapper
         The one that made it.
-    bead_frames
-        Which frames of the bead trajectory, (S,).
     n_samples
         K.
     progress
-        Called with the states done and S.
+        Called with the frames read and their number.
     """
-    parts = []
-    for done, state in enumerate(bead_frames, 1):
-        frames = range(int(state) * n_samples, (int(state) + 1) * n_samples)
-        read = [
-            (
-                ts.positions.copy(),
-                ts.forces * MDANALYSIS_FORCE,
-                ts.data["energy"],
-                ts.data["log_prob"],
-            )
-            for ts in universe.trajectory[list(frames)]
-        ]
-        parts.append([np.array(column, dtype=np.float64) for column in zip(*read, strict=True)])
+    n_frames = len(universe.trajectory)
+    positions, forces = np.empty((2, n_frames, backmapper.cg_map.n_atoms, 3))
+    energy, log_prob = np.empty((2, n_frames))
+    for frame, ts in enumerate(universe.trajectory):
+        positions[frame], forces[frame] = ts.positions, ts.forces
+        energy[frame], log_prob[frame] = ts.data["energy"], ts.data["log_prob"]
         if progress is not None:
-            progress(done, len(bead_frames))
-    positions, forces, energy, log_prob = (np.concatenate(c) for c in zip(*parts, strict=True))
+            progress(frame + 1, n_frames)
+    forces *= MDANALYSIS_FORCE
     labelled = pull_back_frames(backmapper, positions, energy, forces)
-    shape = (len(bead_frames), n_samples)
+    shape = (n_frames // n_samples, n_samples)
 
     def by_state(array: np.ndarray) -> np.ndarray:
         return array.reshape(*shape, *array.shape[1:])
@@ -268,7 +258,7 @@ def read_samples(
         labels=by_state(labelled.labels[:, 0]),
         cg_map=backmapper.cg_map,
         temperature_K=backmapper.temperature_K,
-        n_calls=len(positions),
+        n_calls=n_frames,
     )
 
 

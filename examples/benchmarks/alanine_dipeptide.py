@@ -104,11 +104,10 @@ def ensemble(args: argparse.Namespace) -> None:
     floor = metrics.jensen_shannon_floor(p, len(known), len(visited), rng=rng)
     print(f"finite-sample floor, frames independent: {floor:.5f} nats")
 
-    beads = bead_universe(directory / "beads.dcd", cg_map)
-    n_frames = len(beads.trajectory)
-    chosen = np.linspace(0, n_frames - 1, min(args.states, n_frames)).astype(int)
-    atoms = backmap(beads, backmapper, n_samples=4, potential=potential(), prefetch=64)
-    samples = read_samples(atoms, backmapper, chosen, 4)
+    chosen = np.linspace(0, len(visited) - 1, min(args.states, len(visited))).astype(int)
+    beads = bead_universe(visited[chosen], cg_map)
+    atoms = backmap(beads, backmapper, n_samples=4, potential=potential(), prefetch=256)
+    samples = read_samples(atoms, backmapper, 4)
     levels = evaluation.two_levels(samples, force_field)
     per_state = effective_sample_size(samples.log_weight, axis=1)
     print(f"two-level effective sample size: beads {levels.ess_states:.3f}, atoms "

@@ -17,22 +17,21 @@ PDB = Path(__file__).parent.parent / "data" / "alanine_dipeptide.pdb"
 
 @pytest.fixture(scope="module")
 def samples_of_both_ways(ala2_map, ala2_positions):
-    """Two bead states, three samples each, through the Universe and directly."""
+    """Four bead states, three samples each, through the Universe and directly."""
     rng = np.random.default_rng(0)
     frames = ala2_positions - ala2_positions.mean(0) + rng.normal(scale=0.02, size=(60, 22, 3))
     flow = Backmapper.from_data(ala2_map, 300.0, torch.from_numpy(frames), width=8, hops=3)
     potential = OpenMMPotential.from_pdb(PDB, ["amber96.xml", "amber96_obc.xml"])
     beads = ala2_map.apply(frames[:4]).astype(np.float32)
     atoms = backmap(bead_universe(beads, ala2_map), flow, n_samples=3, seed=5, potential=potential)
-    chosen = np.array([1, 3])
-    read = read_samples(atoms, flow, chosen, 3)
+    read = read_samples(atoms, flow, 3)
     noise = torch.stack(
         [
-            torch.stack([flow.sample_noise(np.random.default_rng([5, s, k])) for s in chosen])
+            torch.stack([flow.sample_noise(np.random.default_rng([5, s, k])) for s in range(4)])
             for k in range(3)
         ]
     )
-    return read, pull_back(flow, potential, beads[chosen], noise)
+    return read, pull_back(flow, potential, beads, noise)
 
 
 @pytest.mark.parametrize(
