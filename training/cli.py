@@ -6,10 +6,12 @@ Imports that take time stay inside the commands, so that ``ccg --help`` answers 
 from __future__ import annotations
 
 import linecache
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 try:
@@ -70,9 +72,14 @@ def _plain_errors(interrupted: str = "") -> Iterator[None]:
         console.print(f"[yellow]warning:[/] {escape(str(message))}")
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _interrupts_seen() as seen:
             warnings.showwarning = show
-            yield
+            try:
+                yield
+            except Exception:
+                if seen:
+                    raise KeyboardInterrupt from None
+                raise
     except KeyboardInterrupt:
         console.print(f"[yellow]interrupted[/] {interrupted}".rstrip())
         raise typer.Exit(INTERRUPTED) from None
@@ -87,6 +94,26 @@ def _plain_errors(interrupted: str = "") -> Iterator[None]:
         for line in str(error).splitlines():
             console.print(f"[red]error:[/] {escape(line)}")
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def _interrupts_seen() -> Iterator[list[int]]:
+    """Remember SIGINT: a library on the way may turn the KeyboardInterrupt into its own error."""
+    seen: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or somebody else's to handle
+        yield seen
+        return
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _on_purpose(error: Exception) -> bool:

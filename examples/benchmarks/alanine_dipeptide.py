@@ -106,12 +106,12 @@ def ensemble(args: argparse.Namespace) -> None:
 
     chosen = np.linspace(0, len(visited) - 1, min(args.states, len(visited))).astype(int)
     beads = bead_universe(visited[chosen], cg_map)
-    atoms = backmap(beads, backmapper, n_samples=4, potential=potential(), prefetch=256)
-    samples = read_samples(atoms, backmapper, 4)
+    atoms = backmap(beads, backmapper, n_samples=args.samples, potential=potential(), prefetch=256)
+    samples = read_samples(atoms, backmapper, args.samples)
     levels = evaluation.two_levels(samples, force_field)
     per_state = effective_sample_size(samples.log_weight, axis=1)
     print(f"two-level effective sample size: beads {levels.ess_states:.3f}, atoms "
-          f"{levels.ess_samples:.3f}, product {levels.ess:.3f}; per state (4 samples) "
+          f"{levels.ess_samples:.3f}, product {levels.ess:.3f}; per state "
           f"{per_state.mean():.3f}")  # fmt: skip
     phi = evaluation.torsions(samples.beads, cg_map)[:, 0]
     edges = np.linspace(-np.pi, np.pi, 37)
@@ -175,6 +175,7 @@ def main() -> None:
         command.add_argument("model")
         command.add_argument("file")
         command.add_argument("--states", type=int, default=200 if work is flow else 20_000)
+        command.add_argument("--samples", type=int, default=4)
         command.add_argument("--driver", default="LangevinBAOAB")
         command.add_argument("--replicas", type=int, default=24)
         command.add_argument("--steps", type=int, default=150_000)

@@ -196,7 +196,7 @@ def test_killed_and_interrupted_runs_end_in_the_same_result(whole, tmp_path):
     assert broken.stages_done() in (7, 8)
 
     code, messages = broken.until(lambda: broken.stages_done() == 12, signal.SIGINT)
-    assert code == INTERRUPTED
+    assert code == INTERRUPTED, messages
     assert f"continue with: ccg train {tmp_path / 'cycle.toml'} --resume" in messages
     assert "Traceback" not in messages
     assert broken.stages_done() < len(STAGES)
