@@ -109,13 +109,13 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         )
         every = np.ones(len(piece))
         # At q = p the log-weight of a single frame is ln Z(s): a free energy, with its scatter.
-        free_energy = -kt * frames.log_weight[:, 0]
+        single = -kt * frames.log_weight[:, 0]
         parts.append(
             Labels(
                 frames.beads,
                 frames.labels[:, 0],
                 force_variance * every,
-                free_energy,
+                single,
                 kt**2 * log_weight_variance * every,
             )
         )

@@ -38,6 +38,24 @@ def potential() -> OpenMMPotential:
     return OpenMMPotential.from_pdb(PDB, ["amber96.xml", "amber96_obc.xml"])
 
 
+def bead_run(args: argparse.Namespace, force_field: ForceField, starts: np.ndarray) -> np.ndarray:
+    """Run replicas under an ASE driver; with --directory, an interrupted run continues."""
+    frames = ase_bead_dynamics(
+        force_field,
+        starts,
+        args.directory or tempfile.mkdtemp(),
+        n_steps=args.steps,
+        save_every=args.save_every,
+        driver=args.driver,
+        seed=args.seed,
+        progress=lambda done, total, values: print(
+            f"\r{done} of {total} steps, {values['temperature_K']:.0f} K", end="", flush=True
+        ),
+    )
+    print()
+    return frames
+
+
 def reference(args: argparse.Namespace) -> None:
     from MDAnalysis import Universe
 
@@ -82,18 +100,7 @@ def ensemble(args: argparse.Namespace) -> None:
     known = cg_map.apply(data.positions)
     rng = np.random.default_rng(args.seed)
     starts = known[rng.choice(len(known), args.replicas, replace=False)]
-    directory = Path(args.directory or tempfile.mkdtemp())
-    frames = ase_bead_dynamics(
-        force_field,
-        starts,
-        directory,
-        n_steps=args.steps,
-        save_every=args.save_every,
-        driver=args.driver,
-        seed=args.seed,
-        progress=lambda done, total, values: print(f"\r{done} of {total} steps", end=""),
-    )
-    print()
+    frames = bead_run(args, force_field, starts)
     frames = frames[len(frames) // 10 :]
     visited = frames.reshape(-1, cg_map.n_beads, 3)
     of_known = evaluation.torsions(known, cg_map)
@@ -127,7 +134,8 @@ def ensemble(args: argparse.Namespace) -> None:
     f_reference -= f_reference.min()
     # One constant for all bins: the mean difference over the populated region, by population.
     for name, f in (("bead dynamics", f_beads), ("reweighted", f_weighted)):
-        f -= np.average(f[low] - f_reference[low], weights=counts[low])
+        both = low & np.isfinite(f)  # a bin never visited counts as an infinite error below
+        f -= np.average(f[both] - f_reference[both], weights=counts[both])
         print(f"F(phi) below 6 kT, {name}: largest error {np.abs(f - f_reference)[low].max():.2f} "
               f"kT, rms {np.sqrt(((f - f_reference)[low] ** 2).mean()):.2f} kT")  # fmt: skip
     print("phi/deg  reference  beads  reweighted (kT)   frames")
@@ -142,24 +150,10 @@ def stability(args: argparse.Namespace) -> None:
     force_field, cg_map = ForceField.from_model(loaded), loaded.cg_map
     known = cg_map.apply(ReferenceData.load(args.file).positions)
     starts = known[np.linspace(0, len(known) - 1, 20).astype(int)]
-    directory = Path(args.directory or tempfile.mkdtemp())
-    frames = ase_bead_dynamics(
-        force_field,
-        starts,
-        directory,
-        n_steps=args.steps,
-        save_every=args.save_every,
-        driver=args.driver,
-        seed=7,
-        progress=lambda done, total, values: print(
-            f"\r{done} of {total} steps, {values['temperature_K']:.0f} K", end="", flush=True
-        ),
-    )
-    i, j = cg_map.beads.bonds.T
-    lengths = np.linalg.norm(frames[:, :, i] - frames[:, :, j], axis=-1)
-    longest = np.linalg.norm(known[:, i] - known[:, j], axis=-1).max()
-    print(f"\n{args.driver}: {args.steps} steps x 20 replicas, finite: {np.isfinite(frames).all()}")
-    print(f"longest bond {lengths.max():.3f} A (reference frames: {longest:.3f} A)")
+    frames = bead_run(args, force_field, starts)
+    longest, in_reference = (evaluation.longest_bond(x, cg_map) for x in (frames, known))
+    print(f"{args.driver}: {args.steps} steps x 20 replicas, finite: {np.isfinite(frames).all()}")
+    print(f"longest bond {longest:.3f} A (reference frames: {in_reference:.3f} A)")
 
 
 def main() -> None:
