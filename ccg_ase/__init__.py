@@ -16,6 +16,7 @@ _HOME = {
     "ModelFileError": "checkpoint",
     "Prior": "prior",
     "Topology": "topology",
+    "TorsionMap": "torsion_map",
     "load_model": "checkpoint",
     "save_model": "checkpoint",
     "thermal_energy": "units",

@@ -14,9 +14,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ccg_ase.mapping import CGMap
+from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
 
-FORMAT, VERSION = "ccg", 1
+FORMAT, VERSION = "ccg", 2
+_MAPS = {"beads": CGMap, "torsions": TorsionMap}
 _HEADER = "ccg"  # the one metadata key that holds the JSON text
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -32,7 +34,7 @@ class ModelFile:
     Parameters
     ----------
     cg_map
-        The map, with both topologies.
+        The map: beads, with both topologies, or torsions.
     temperature_K
         Temperature in K that all parts were made for.
     configs, states
@@ -41,15 +43,18 @@ class ModelFile:
         JSON-able records of how the model was made and how good it is.
     version
         Format version that the file was written in.
+    retired
+        Parts of an older file that no longer exist in that form, each with what to do about it.
     """
 
-    cg_map: CGMap
+    cg_map: CGMap | TorsionMap
     temperature_K: float
     configs: dict[str, dict[str, Any]]
     states: dict[str, dict[str, Tensor]]
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
+    retired: dict[str, str] = field(default_factory=dict)
 
     def restore(self, name: str, kind: type[Part]) -> Part:
         """Rebuild a part: `kind.from_config`, then its state, strictly, in stored precision.
@@ -57,8 +62,10 @@ class ModelFile:
         Raises
         ------
         ModelFileError
-            If there is no such part, or its tensors don't fit.
+            If there is no such part, it is of an older kind, or its tensors don't fit.
         """
+        if name in self.retired:
+            raise ModelFileError(f"the '{name}' of this model file {self.retired[name]}")
         if name not in self.configs:
             held = ", ".join(sorted(self.configs)) or "no parts"
             raise ModelFileError(f"the model file holds no '{name}', it holds: {held}")
@@ -79,7 +86,7 @@ class ModelFile:
 def save_model(
     path: str | os.PathLike[str],
     *,
-    cg_map: CGMap,
+    cg_map: CGMap | TorsionMap,
     temperature_K: float,
     parts: Mapping[str, nn.Module],
     provenance: Mapping[str, Any] | None = None,
@@ -119,7 +126,7 @@ def save_model(
         "format": FORMAT,
         "version": VERSION,
         "temperature_K": float(temperature_K),
-        "cg_map": cg_map.to_dict(),
+        "cg_map": map_to_dict(cg_map),
         "configs": configs,
         "provenance": dict(provenance or {}),
         "metrics": dict(metrics or {}),
@@ -173,25 +180,54 @@ def load_model(path: str | os.PathLike[str]) -> ModelFile:
             f"{path} has format version {version}; this ccg reads up to {VERSION}: upgrade ccg"
         )
     header = _upgrade(header)
+    retired = header.get("retired", {})
     states: dict[str, dict[str, Tensor]] = {name: {} for name in header["configs"]}
     for key, tensor in tensors.items():
         name, _, entry = key.partition("/")
+        if name in retired:
+            continue
         if name not in states:
             raise ModelFileError(f"{path} holds tensors of an unknown part '{name}'")
         states[name][entry] = tensor
     return ModelFile(
-        cg_map=CGMap.from_dict(header["cg_map"]),
+        cg_map=map_from_dict(header["cg_map"]),
         temperature_K=header["temperature_K"],
         configs=header["configs"],
         states=states,
         provenance=header["provenance"],
         metrics=header["metrics"],
         version=version,
+        retired=retired,
     )
 
 
+def map_to_dict(cg_map: CGMap | TorsionMap) -> dict[str, Any]:
+    """Return a JSON-able dictionary of a map of any kind; `map_from_dict` reads it back."""
+    (kind,) = (kind for kind, of_kind in _MAPS.items() if isinstance(cg_map, of_kind))
+    return {"kind": kind, **cg_map.to_dict()}
+
+
+def map_from_dict(values: dict[str, Any]) -> CGMap | TorsionMap:
+    """Build the map that `map_to_dict` described."""
+    values = dict(values)
+    return _MAPS[values.pop("kind")].from_dict(values)
+
+
 def _upgrade(header: dict[str, Any]) -> dict[str, Any]:
-    """Bring the header of an older version up to the current one; version 1 is the first."""
+    """Bring the header of an older version up to the current one; version 1 is the first.
+
+    Version 1 knew maps to beads only, and its backmappers were another network.
+    """
     if header["version"] < 1:
         raise ModelFileError(f"there is no format version {header['version']}; the first is 1")
+    if header["version"] == 1:
+        configs = dict(header["configs"])
+        retired = {}
+        if configs.pop("backmapper", None) is not None:
+            retired["backmapper"] = (
+                "was trained by a version of ccg before model format 2, whose network no longer "
+                "exists: retrain it (ccg train); the file's other parts still work"
+            )
+        cg_map = {"kind": "beads", **header["cg_map"]}
+        header = {**header, "configs": configs, "cg_map": cg_map, "retired": retired}
     return header

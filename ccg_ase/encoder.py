@@ -83,21 +83,50 @@ class Encoder(nn.Module):
         )
         self.to(torch.get_default_dtype())
 
-    def features(self, positions: Tensor, types: Tensor, edges: Tensor, bonded: Tensor) -> Tensor:
-        """Encode as `forward` does, but return (components, channels, n, B), scalars first."""
-        source, target = edges[0], edges[1]
+    def features(
+        self,
+        positions: Tensor,
+        types: Tensor,
+        edges: Tensor,
+        bonded: Tensor,
+        shifts: Tensor | None = None,
+        sites_per_block: int | None = None,
+    ) -> Tensor:
+        """Encode as `forward` does, but return (components, channels, n, B), scalars first.
+
+        `shifts` in Å, shape (E, 3), are added to the vectors from target to source: the cells that
+        periodic images are in. With `sites_per_block`, messages to so many sites are worked on at a
+        time, which keeps large graphs in the processor's cache; then edges must come by target.
+        """
+        n, n_edges = positions.shape[1], edges.shape[1]
         x = positions.permute(2, 1, 0)
-        vectors = x.index_select(1, source) - x.index_select(1, target)
-        r = torch.linalg.vector_norm(vectors, dim=0, keepdim=True) + _SOFT_A
-        inverse_r = r.reciprocal()
-        # (1 - x²)³ reaches zero at the cut-off with two continuous derivatives.
-        switch = (1 - (r * r) * self.cutoff_A**-2).relu() ** 3
-        harmonics = (self.harmonics(vectors * inverse_r) * switch).unsqueeze(1)
-        radials = self.radial(r, inverse_r, types[source], types[target], bonded)
+        firsts, ends = [0], [n_edges]
+        if sites_per_block is not None:
+            firsts = list(range(0, n, sites_per_block))
+            ends = torch.searchsorted(edges[1], torch.tensor(firsts[1:]).to(edges)).tolist()
+            ends.append(n_edges)
+        blocks = []
+        for k, (first, end) in enumerate(zip(firsts, ends, strict=True)):
+            own = slice(ends[k - 1] if k else 0, end)
+            source, target = edges[0, own], edges[1, own]
+            vectors = x.index_select(1, source) - x.index_select(1, target)
+            if shifts is not None:
+                vectors = vectors + shifts[own].T.unsqueeze(-1)
+            r = torch.linalg.vector_norm(vectors, dim=0, keepdim=True) + _SOFT_A
+            inverse_r = r.reciprocal()
+            # (1 - x²)³ reaches zero at the cut-off with two continuous derivatives.
+            switch = (1 - (r * r) * self.cutoff_A**-2).relu() ** 3
+            harmonics = (self.harmonics(vectors * inverse_r) * switch).unsqueeze(1)
+            radials = self.radial(r, inverse_r, types[source], types[target], bonded[own])
+            sites = (firsts[k + 1] if k + 1 < len(firsts) else n) - first
+            blocks.append((source, target - first, sites, harmonics, radials))
         features = self.embedding[types].T[None, :, :, None].expand(-1, -1, -1, len(positions))
-        for layer, radial in zip(self.layers, radials, strict=True):
-            weights = radial.view(len(layer.paths), self.channels, *r.shape[1:])
-            features = layer(features, harmonics, weights, source, target)
+        for k, layer in enumerate(self.layers):
+            sums = [
+                layer.messages(features, harmonics, radials[k], source, target, sites)
+                for source, target, sites, harmonics, radials in blocks
+            ]
+            features = layer(features, torch.cat(sums, dim=2))
         return features
 
     def forward(self, positions: Tensor, types: Tensor, edges: Tensor, bonded: Tensor) -> Tensor:
@@ -140,11 +169,14 @@ class Encoder(nn.Module):
             As in `forward`.
         """
         keys = torch.stack([bonded, types[edges[0]], types[edges[1]]])
-        for key in keys.unique(dim=1).T:
-            alike = (keys == key[:, None]).all(0)
-            centre = mean[alike].mean()
-            variance = (std[alike] ** 2).mean() + ((mean[alike] - centre) ** 2).mean()
-            self.radial.set_typical(tuple(key), centre, variance.sqrt())
+        kinds, kind, count = keys.unique(dim=1, return_inverse=True, return_counts=True)
+
+        def pooled(values: Tensor) -> Tensor:
+            return values.new_zeros(len(count)).index_add(0, kind, values) / count
+
+        centre = pooled(mean)
+        variance = pooled(std**2 + (mean - centre[kind]) ** 2)
+        self.radial.set_typical(tuple(kinds), centre, variance.sqrt())
 
 
 class _Radial(nn.Module):
@@ -171,10 +203,10 @@ class _Radial(nn.Module):
         self.register_buffer("frequencies", frequencies[:, None], persistent=False)
         self.register_buffer("starts", torch.tensor(starts)[:, None], persistent=False)
 
-    def set_typical(self, key, mean: Tensor, std: Tensor) -> None:
-        """Store mean and spread of the distances in Å of one kind of edge, as tanh takes them."""
+    def set_typical(self, kinds, mean: Tensor, std: Tensor) -> None:
+        """Store mean and spread of the distances in Å of kinds of edges, as tanh takes them."""
         width = 4 * std.clamp(min=_LEAST_SPREAD_A)
-        self.typical[key] = torch.stack([-mean / width, 1 / width]).to(self.typical)
+        self.typical[kinds] = torch.stack([-mean / width, 1 / width], dim=-1).to(self.typical)
 
     def forward(
         self, r: Tensor, inverse_r: Tensor, source: Tensor, target: Tensor, bonded: Tensor
@@ -217,15 +249,25 @@ class _Layer(nn.Module):
             owner = torch.repeat_interleave(torch.tensor([irrep.dim for irrep in irreps]))
             self.register_buffer(f"{name}_irrep", owner, persistent=False)
 
-    def forward(
-        self, x: Tensor, harmonics: Tensor, weights: Tensor, source: Tensor, target: Tensor
+    def messages(
+        self,
+        x: Tensor,
+        harmonics: Tensor,
+        weights: Tensor,
+        source: Tensor,
+        target: Tensor,
+        n: int,
     ) -> Tensor:
-        _, channels, n, batch = x.shape
+        """Sum the messages to n targets."""
+        _, channels, _, batch = x.shape
+        weights = weights.view(len(self.paths), channels, len(source), batch)
         messages = self.message.paths_of(x.index_select(2, source), harmonics)
         messages = messages * weights.index_select(0, self.message.row_path)
         summed = messages.new_zeros(len(messages), channels, n, batch)
-        summed = self.message.gather(summed.index_add(2, target, messages))
+        return self.message.gather(summed.index_add(2, target, messages))
 
+    def forward(self, x: Tensor, summed: Tensor) -> Tensor:
+        _, channels, n, batch = x.shape
         keep = self.keep.index_select(0, self.keep_irrep)
         mix = self.mix.index_select(0, self.mix_irrep)
         bias = nn.functional.pad(self.bias[None, :, None], (0, 0, 0, 0, 0, len(keep) - 1))

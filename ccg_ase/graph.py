@@ -1,9 +1,11 @@
-"""Edges of bead systems. They are static, and shared by all replicas of a batch."""
+"""Edges of bead systems: all pairs, or all within a radius, with periodic images."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from ase.geometry import cellpar_to_cell
+from scipy.spatial import cKDTree
 
 from ccg_ase.topology import Topology
 
@@ -18,10 +20,159 @@ def all_pairs(n: int) -> torch.Tensor:
     return torch.stack([source[apart], target[apart]])
 
 
-def bond_classes(topology: Topology, edges: torch.Tensor) -> torch.Tensor:
-    """Return the bond-distance class of every edge, shape (E,).
+class BondClasses:
+    """Look-up of the bond-distance class of pairs of sites, sparse and linear in their number.
 
     Class 1 to 4 is the number of bonds between the two sites, 0 is farther or not connected.
+
+    Parameters
+    ----------
+    topology
+        The n sites and their bonds.
     """
-    hops = topology.hops()[edges[0].numpy(), edges[1].numpy()]
-    return torch.from_numpy(np.where(hops <= MAX_BOND_CLASS, hops, 0))
+
+    def __init__(self, topology: Topology):
+        self._n = len(topology)
+        near = topology.near(np.arange(self._n), MAX_BOND_CLASS)
+        keys = near.source * self._n + near.site
+        order = np.argsort(keys)
+        self._keys, self._classes = keys[order], near.distance[order]
+
+    def __call__(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Return the class of every pair of sites, shape (E,)."""
+        keys = source * self._n + target
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, self._classes[place], 0)
+
+
+def bond_classes(topology: Topology, edges: torch.Tensor) -> torch.Tensor:
+    """Return the bond-distance class of every edge, shape (E,), see `BondClasses`."""
+    return torch.from_numpy(BondClasses(topology)(edges[0].numpy(), edges[1].numpy()))
+
+
+def cell_of(box: np.ndarray) -> np.ndarray:
+    """Return the cell with the box vectors in its rows, shape (3, 3), in Å.
+
+    Parameters
+    ----------
+    box
+        Cell vectors (3, 3), or lengths in Å and angles in degrees (6,), as MDAnalysis and ASE
+        write them; the first vector then lies along x, the second in the xy plane.
+
+    Raises
+    ------
+    ValueError
+        If the shape is another one or the box has no volume.
+    """
+    box = np.asarray(box, dtype=float)
+    if box.shape not in ((3, 3), (6,)):
+        raise ValueError(f"a box must have shape (3, 3) or (6,), got {box.shape}")
+    cell = cellpar_to_cell(box) if box.shape == (6,) and np.all(box > 0) else box
+    if cell.shape != (3, 3) or not abs(np.linalg.det(cell)) > 0:
+        raise ValueError(
+            f"the box {box.tolist()} has no volume: pass one that is periodic along all three "
+            "vectors, or None for a system in open space"
+        )
+    return cell
+
+
+def radius_edges(
+    positions: np.ndarray, cutoff_A: float, box: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find all ordered pairs of sites, and of sites and images, within a distance.
+
+    A k-d tree over the sites and the images near the cell: time and memory grow with the number of
+    edges. In boxes smaller than the cut-off, a site sees several images of another, and of itself.
+
+    Parameters
+    ----------
+    positions
+        Å, shape (n, 3); in a box, inside of it or not.
+    cutoff_A
+        Greatest distance in Å.
+    box
+        Periodic box, see `cell_of`; None for open space.
+
+    Returns
+    -------
+    edges
+        (source, target) of every edge, shape (2, E), by target.
+    images
+        Cell of the source when the target is in cell 0, integer, shape (E, 3): the edge is the
+        vector ``positions[source] + images @ cell - positions[target]``.
+    lengths
+        Å, shape (E,).
+
+    Raises
+    ------
+    ValueError
+        If the box is none (see `cell_of`) or a position isn't finite.
+    """
+    positions = np.asarray(positions, dtype=float)
+    if not np.all(np.isfinite(positions)):
+        raise ValueError(
+            f"site {np.argwhere(~np.isfinite(positions))[0, 0]} isn't at finite x, y, z"
+        )
+    site, image, wrapped = np.arange(len(positions)), np.zeros_like(positions, dtype=int), positions
+    if box is not None:
+        cell = cell_of(box)
+        site, image, wrapped = _with_images(positions, cutoff_A, cell)
+    tree = cKDTree(wrapped)
+    real = tree if box is None else cKDTree(wrapped[: len(positions)])
+    found = real.sparse_distance_matrix(tree, cutoff_A, output_type="ndarray")
+    found = found[found["i"] != found["j"]]
+    found = found[np.argsort(found["i"] * len(site) + found["j"])]
+    target, source = found["i"].astype(int), site[found["j"]]
+    # Entries 0 to n of `image` take each site into the cell: undone for source and target.
+    return np.stack([source, target]), image[found["j"]] - image[target], found["v"]
+
+
+def _with_images(
+    positions: np.ndarray, cutoff_A: float, cell: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return index, cell shift and place of sites within a cell, then of images around it."""
+    inverse = np.linalg.inv(cell)
+    # Distances between opposite faces are the inverse lengths of the reciprocal vectors.
+    margin = cutoff_A * np.linalg.norm(inverse, axis=0)
+    fractional = positions @ inverse
+    image = -np.floor(fractional).astype(int)
+    fractional, site = fractional + image, np.arange(len(positions))
+    for axis, width in enumerate(margin):
+        parts = []
+        for shift in sorted(range(-int(np.ceil(width)), int(np.ceil(width)) + 1), key=abs):
+            moved = fractional[:, axis] + shift
+            # Sites of the cell itself come first, and all of them stay.
+            near = np.flatnonzero((moved >= -width) & (moved <= 1 + width))
+            step = shift * np.eye(3, dtype=int)[axis]
+            parts.append((fractional[near] + step, image[near] + step, site[near]))
+        fractional, image, site = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return site, image, positions[site] + image @ cell
+
+
+def batch_radius_edges(
+    positions: np.ndarray, cutoff_A: float, boxes: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the edges of a batch of frames as one graph of disjoint parts.
+
+    Parameters
+    ----------
+    positions
+        Å, shape (B, n, 3); site i of frame b is site ``b * n + i`` of the union.
+    cutoff_A
+        Greatest distance in Å.
+    boxes
+        Periodic box of every frame, shape (B, 3, 3) or (B, 6); None for open space.
+
+    Returns
+    -------
+    tuple of np.ndarray
+        Edges, images and lengths, as `radius_edges` returns them.
+    """
+    n = positions.shape[1]
+    frames = [
+        radius_edges(frame, cutoff_A, None if boxes is None else boxes[b])
+        for b, frame in enumerate(positions)
+    ]
+    edges, images, lengths = zip(*frames, strict=True)
+    edges = [pairs + b * n for b, pairs in enumerate(edges)]
+    return np.concatenate(edges, axis=1), np.concatenate(images), np.concatenate(lengths)

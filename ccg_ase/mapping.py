@@ -167,6 +167,11 @@ class CGMap:
         """Number of beads."""
         return len(self.beads)
 
+    @property
+    def coarse_shape(self) -> tuple[int, ...]:
+        """Shape of the coarse variables of one frame, (n_beads, 3)."""
+        return (self.n_beads, 3)
+
     @cached_property
     def matrix(self) -> csr_array:
         """M as a sparse matrix, shape (n_beads, n_atoms)."""
@@ -239,6 +244,10 @@ class CGMap:
         starts = np.searchsorted(self.bead_index, np.arange(self.n_beads))
         beads = np.add.reduceat(gathered * self.weights[:, None], starts, axis=-2)
         return beads.astype(positions.dtype)
+
+    def difference(self, a: Array, b: Array) -> Array:
+        """Return ``a - b`` of two sets of beads; angles of a `TorsionMap` differ by less than π."""
+        return a - b
 
     def apply_forces(self, forces: Array) -> Array:
         """Return the forces on the bead atoms of a slice map, (..., n_beads, 3) in eV/Å.

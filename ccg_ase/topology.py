@@ -14,6 +14,38 @@ UNREACHABLE = 1_000_000
 """Bond distance given to two sites that no path of bonds connects."""
 
 
+@dataclass(frozen=True, eq=False)
+class Neighbourhood:
+    """Sites within some number of bonds of each of m sources, see `Topology.near`.
+
+    Entries ``start[k]`` to ``start[k + 1]`` belong to source k, by distance and then site index;
+    the first of them is the source itself.
+
+    Parameters
+    ----------
+    start
+        Shape (m + 1,).
+    site, distance
+        Site index and number of bonds from the source, shape (total,).
+    relation
+        What the site is to the source: index into `relation_names`, shape (total,).
+    relation_names
+        Site names along the path from source to site, joined by "-", e.g. ``"C-N-CA"``; by length
+        of path, then in lexicographic order of the names.
+    """
+
+    start: np.ndarray
+    site: np.ndarray
+    distance: np.ndarray
+    relation: np.ndarray
+    relation_names: tuple[str, ...]
+
+    @property
+    def source(self) -> np.ndarray:
+        """Row k of the source that each entry belongs to, shape (total,)."""
+        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Topology:
     """Everything about n sites (atoms or beads) that isn't a position.
@@ -123,8 +155,73 @@ class Topology:
             lists[j].append(i)
         return [sorted(sites) for sites in lists]
 
+    def near(self, sources: np.ndarray, depth: int) -> Neighbourhood:
+        """Find the sites within `depth` bonds of each source, and what they are to it.
+
+        The relation of a site to a source is read off the shortest path of bonds between them: the
+        names of the sites along it. Of several shortest paths, the one counts whose names come
+        first in lexicographic order, so that relations don't depend on the order of sites.
+
+        Parameters
+        ----------
+        sources
+            Site indices, shape (m,).
+        depth
+            Greatest number of bonds, at least 0.
+
+        Returns
+        -------
+        Neighbourhood
+            Time and memory grow with its size, not with m times n.
+
+        Raises
+        ------
+        ValueError
+            If a source is no site, or `depth` is negative.
+        """
+        n, sources = len(self), np.asarray(sources, dtype=int).reshape(-1)
+        if len(sources) and (sources.min() < 0 or sources.max() >= n):
+            raise ValueError(f"sources name sites outside 0..{n - 1}")
+        if depth < 0:
+            raise ValueError(f"depth must be at least 0 bonds, got {depth}")
+        words, word = np.unique(np.array(self.names), return_inverse=True)
+        # A pair of source row and site is one number, pair = row * n + site. Paths of one level are
+        # known by their rank among the names of that level's paths.
+        pair = np.arange(len(sources)) * n + sources
+        used, rank = np.unique(word[sources], return_inverse=True)
+        labels = words[used].tolist()
+        relations, levels, before = list(labels), [(pair, rank)], pair[:0]
+        for _ in range(depth):
+            step, path = self._step(pair, rank)
+            step, first = _first_by_rank(step, path, len(labels))
+            new = ~(_member(step, pair) | _member(step, before))
+            step, first = step[new], first[new]
+            # Ranks of (path so far, next name) are those of the longer paths.
+            used, longer = np.unique(first * len(words) + word[step % n], return_inverse=True)
+            labels = [f"{labels[k // len(words)]}-{words[k % len(words)]}" for k in used.tolist()]
+            levels.append((step, longer + len(relations)))
+            relations += labels
+            before, pair, rank = pair, step, longer
+        pairs, relation = (np.concatenate(parts) for parts in zip(*levels, strict=True))
+        distance = np.repeat(np.arange(depth + 1), [len(level) for level, _ in levels])
+        row, site = np.divmod(pairs, n)
+        order = np.argsort(row, kind="stable")
+        start = np.concatenate([[0], np.bincount(row, minlength=len(sources)).cumsum()])
+        return Neighbourhood(start, site[order], distance[order], relation[order], tuple(relations))
+
+    def _step(self, pair: np.ndarray, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Go one bond on, every way: pairs of source and site, and the rank of the path there."""
+        indptr, site = self.adjacency.indptr, pair % len(self)
+        ways = indptr[site + 1] - indptr[site]
+        offset = np.arange(ways.sum()) - np.repeat(ways.cumsum() - ways, ways)
+        there = self.adjacency.indices[np.repeat(indptr[site], ways) + offset]
+        return np.repeat(pair - site, ways) + there, np.repeat(rank, ways)
+
     def hops(self) -> np.ndarray:
-        """Return the number of bonds between all pairs, shape (n, n); else `UNREACHABLE`."""
+        """Return the number of bonds between all pairs, shape (n, n); else `UNREACHABLE`.
+
+        Quadratic in memory: for small systems. `near` is the search for any size.
+        """
         distance = shortest_path(self.adjacency, unweighted=True, directed=False)
         return np.where(np.isfinite(distance), distance, UNREACHABLE).astype(int)
 
@@ -168,3 +265,16 @@ class Topology:
             np.array_equal(getattr(self, field.name), getattr(other, field.name))
             for field in fields(self)
         )
+
+
+def _first_by_rank(pair: np.ndarray, rank: np.ndarray, n_ranks: int) -> tuple[np.ndarray, ...]:
+    """Return the distinct pairs, ascending, and the lowest rank of each."""
+    pair, rank = np.divmod(np.sort(pair * max(n_ranks, 1) + rank), max(n_ranks, 1))
+    first = np.diff(pair, prepend=-1) > 0
+    return pair[first], rank[first]
+
+
+def _member(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Return which values occur in an ascending array."""
+    place = np.searchsorted(ascending, values)
+    return np.append(ascending, -1)[place] == values

@@ -1,18 +1,18 @@
-"""Backmapper: the exact-density flow q(x|s) from beads to atoms.
+"""Backmapper: the exact-density flow q(x|s) from beads, or torsions, to atoms.
 
-    ln q(x|s) = Σ_blocks ln p(y_block | beads, earlier atoms) - Σ_atoms ln |dx/dy|
+    ln q(x|s) = Σ_blocks ln p(y_block | s, earlier atoms) - Σ_atoms ln |dx/dy| + Σ_beads 3 ln W
 
 Atoms follow one another in anchored internal coordinates (:mod:`.placement`), each a smooth
-bijection of its noise (:mod:`.transforms`) with parameters from the causal conditioner. Both
-directions are explicit: ``noise_from`` is one parallel pass, ``positions_from`` one pass per
-generation of atoms.
+bijection of its noise (:mod:`.coordinates`) with parameters from the causal conditioner; the atoms
+of a bead are shifted into place together (:mod:`.assembly`). Both directions are explicit: noise
+from positions is one parallel pass, positions from noise one pass per generation of atoms.
 """
 
 from __future__ import annotations
 
 import math
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,74 +20,151 @@ from torch import Tensor, nn
 
 from ccg_ase.checkpoint import ModelFile, load_model
 from ccg_ase.mapping import CGMap
+from ccg_ase.torsion_map import TorsionMap
 
-from .conditioner import N_HARMONICS, Conditioner
-from .placement import Placement, local_frames, measure, place
-from .transforms import TWO_PI, Chart, CircularDensity, wrap
+from .assembly import Assembly, Whole
+from .conditioner import Conditioner, harmonics
+from .coordinates import Coordinates
+from .distribution import BackmapDistribution
+from .placement import Placement, atom_label, local_frames, place
+from .placement_order import build_placement
+from .statistics import coordinate_statistics
+from .transforms import N_ROTOR, TWO_PI, Base, CircularDensity, wrap
 
 _LOG_2PI = math.log(TWO_PI)
-_ROTOR_SPREAD = 0.5  # rad; a proper torsion whose circular spread exceeds this is a rotor
+_STATISTICS_FRAMES = 5000
+
+
+class _Step(NamedTuple):
+    """What happens in one generation of sampling: beads and blocks."""
+
+    opening: Tensor
+    circular: Tensor
+    rest: Tensor
+    closing: Tensor
 
 
 class Backmapper(nn.Module):
-    """Conditional distribution of atoms given beads, of exactly known density.
+    """Conditional distribution of atoms given coarse variables s, of exactly known density.
 
     Parameters
     ----------
     cg_map
-        The map; every bead must be an atom (a slice map) of one molecule.
+        The coarse variables: beads of any linear map, or torsions.
     temperature_K
-        The temperature of the data; conditioning at another one is refused.
+        The temperature of the data, T0.
     rotor
-        Which placed atoms rotate freely, one flag per slot of :class:`Placement`.
+        Which φ go round the circle, one flag per slot of the placement.
+    rigid
+        Which coordinates r, θ, φ of each slot are held, (n_slots, 3); none by default.
+    placement
+        How the atoms are placed; by default what :func:`build_placement` gives.
+    defensive
+        Weight of a component with noise 1.5 times as wide, mixed into the density (theory.md E8).
+    temperatures_K
+        Lowest and highest temperature that the model was trained for; T0 alone by default.
     width, n_layers, hops, bead_hops, channels, cutoff_A
         See :class:`Conditioner`.
 
     Notes
     -----
     A new backmapper has unit statistics; :meth:`from_data` makes one that fits a trajectory. The
-    noise has three numbers per placed atom (r, θ, φ): standard normal, but uniform on [-π, π) for a
-    rotor's φ.
+    noise has one number per degree of freedom: three per placed atom (r, θ, φ), less those that are
+    rigid. It is standard normal, but uniform on [-π, π) for the φ of a rotor.
     """
 
     def __init__(
-        self, cg_map: CGMap, temperature_K: float, *, rotor: list[bool], **architecture: Any
+        self,
+        cg_map: CGMap | TorsionMap,
+        temperature_K: float,
+        *,
+        rotor: list[bool] | np.ndarray,
+        rigid: list[list[bool]] | np.ndarray | None = None,
+        placement: Placement | None = None,
+        defensive: float = 0.0,
+        temperatures_K: tuple[float, float] | None = None,
+        hops: int = 3,
+        **architecture: Any,
     ) -> None:
         super().__init__()
         self.cg_map, self.temperature_K = cg_map, float(temperature_K)
-        self.placement = placement = Placement.from_map(cg_map)
+        low, high = temperatures_K or (self.temperature_K, self.temperature_K)
+        self.temperatures_K = (float(low), float(high))
+        self.placement = placement or build_placement(cg_map, hops=hops)
+        self.base = Base(defensive)
+        shape = (len(self.placement.atoms), 3)
         self._rotor = np.asarray(rotor, dtype=bool)
-        self.conditioner = Conditioner(cg_map, placement, self._rotor, **architecture)
-        n = len(placement.atoms)
-        self.register_buffer("location", torch.zeros(n, 3))
-        self.register_buffer("scale", torch.ones(n, 3))
-        index = {
-            "references": placement.references,
-            "point_of_atom": placement.point_of_atom,
-            "rotor": self._rotor,
-            "rotor_dof": self._rotor[:, None] & np.array([False, False, True]),
-            "multiplicity": placement.multiplicity,
-            "atom_of_slot": placement.atoms,
-        }
-        for name, value in index.items():
-            self.register_buffer(name, torch.as_tensor(value), persistent=False)
-        self._passes = self.conditioner.blocks.passes()
+        self._rigid = np.zeros(shape, bool) if rigid is None else np.asarray(rigid, bool)
+        self.coordinates = Coordinates(cg_map, self.placement, self._rotor, self._rigid)
+        self.conditioner = Conditioner(
+            cg_map, self.placement, self._rotor, hops=hops, **architecture
+        )
+        self.assembly = Assembly(cg_map, self.placement)
+        self.whole = Whole(cg_map) if isinstance(cg_map, CGMap) else None
+        multiplicity = torch.as_tensor(self.placement.multiplicity)
+        self.register_buffer("multiplicity", multiplicity, persistent=False)
+        self._steps = self._schedule()
         self.double()
+
+    def _schedule(self) -> list[_Step]:
+        """Return what happens in each generation of sampling."""
+        blocks = self.conditioner.blocks
+        opening, closing = self.assembly.opening, self.assembly.closing
+        generation = blocks.generation // 2
+        last = max(generation.max(initial=-1), opening.max(initial=-1))
+
+        def chosen(flags: np.ndarray) -> Tensor:
+            return torch.tensor(np.flatnonzero(flags))
+
+        return [
+            _Step(
+                chosen(opening == g),
+                chosen((generation == g) & blocks.circular),
+                chosen((generation == g) & ~blocks.circular),
+                chosen(closing == g),
+            )
+            for g in range(last + 1)
+        ]
+
+    @property
+    def active(self) -> Tensor:
+        """Which coordinates r, θ, φ of each slot have noise, (n_slots, 3)."""
+        return self.coordinates.active
+
+    @property
+    def rotor_dof(self) -> Tensor:
+        """Which noise is uniform on the circle, (n_slots, 3)."""
+        return self.coordinates.rotor_dof
+
+    @property
+    def normal_dof(self) -> Tensor:
+        """Which noise is standard normal, (n_slots, 3)."""
+        return self.coordinates.normal_dof
 
     @property
     def n_dof(self) -> int:
-        """Number of noise variables: three per placed atom."""
-        return 3 * len(self.placement.atoms)
+        """Number of noise variables: degrees of freedom that s leaves open."""
+        return int(self.active.sum())
 
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able arguments that rebuild this module, beside the map and temperature."""
-        return {"rotor": self._rotor.tolist(), **self.conditioner.config}
+        return {
+            "rotor": self._rotor.tolist(),
+            "rigid": self._rigid.tolist(),
+            "placement": self.placement.to_dict(),
+            "defensive": self.base.weight,
+            "temperatures_K": list(self.temperatures_K),
+            **self.conditioner.config,
+        }
 
     @classmethod
-    def from_config(cls, cg_map: CGMap, temperature_K: float, config: dict) -> Backmapper:
+    def from_config(
+        cls, cg_map: CGMap | TorsionMap, temperature_K: float, config: dict
+    ) -> Backmapper:
         """Build an untrained backmapper from :attr:`config`."""
-        return cls(cg_map, temperature_K, **config)
+        placement = Placement.from_dict(config["placement"])
+        return cls(cg_map, temperature_K, **{**config, "placement": placement})
 
     @classmethod
     def from_model(cls, model: ModelFile) -> Backmapper:
@@ -101,254 +178,257 @@ class Backmapper(nn.Module):
 
     @classmethod
     def from_data(
-        cls, cg_map: CGMap, temperature_K: float, positions: Tensor, **architecture: Any
+        cls,
+        cg_map: CGMap | TorsionMap,
+        temperature_K: float,
+        positions: Tensor,
+        *,
+        box: Tensor | None = None,
+        hops: int = 3,
+        **options: Any,
     ) -> Backmapper:
         """Build a backmapper whose coordinates are standardised by frames (n, n_atoms, 3) in Å.
 
-        Proper torsions that spread over more than half a radian become rotors on the full circle.
-
-        Raises
-        ------
-        ValueError
-            If a bond, angle or stiff dihedral does not fluctuate: constrained bonds need data from
-            a run without constraints.
+        Dihedrals that spread over more than half a radian become rotors on the full circle; bonds
+        and angles that don't move are held. Molecules must be whole; ``box`` holds the cell vectors
+        as rows, (3, 3) or (n, 3, 3), of periodic frames.
         """
-        placement = Placement.from_map(cg_map)
-        points = positions.double()[:, np.argsort(placement.point_of_atom)]
-        references = torch.as_tensor(placement.references)
-        origin, frame = local_frames(points, references)
-        r, theta, phi = measure(origin, frame, points[:, cg_map.n_beads :])
-        resultant = torch.exp(1j * phi).mean(0)
-        spread = torch.sqrt(-2.0 * torch.log(resultant.abs()))
-        rotor = (spread > _ROTOR_SPREAD).numpy() & placement.proper
-        backmapper = cls(cg_map, temperature_K, rotor=rotor.tolist(), **architecture)
-        log_r, log_tan = Chart.flatten(r, theta)
-        centre = torch.where(torch.as_tensor(rotor), 0.0, resultant.angle())
-        half = 2.0 * torch.tan(0.5 * wrap(phi - centre))
-        scale = torch.stack([log_r.std(0), log_tan.std(0), half.std(0)], -1)
-        scale[torch.as_tensor(rotor), 2] = 1.0
-        rigid = (scale < 1e-4).any(-1)
-        if rigid.any():
-            names = [cg_map.atoms.names[placement.atoms[k]] for k in torch.nonzero(rigid)[:, 0]]
-            raise ValueError(
-                f"the bond length or angle of atom(s) {names[:6]} does not fluctuate in the data: "
-                "constrained coordinates are not supported yet; use data from a run without "
-                "constraints (time step 1 fs or less)"
-            )
-        backmapper.location.copy_(torch.stack([log_r.mean(0), log_tan.mean(0), centre], -1))
-        backmapper.scale.copy_(scale)
-        backmapper.conditioner.set_statistics(points[:: max(1, len(points) // 5000)])
+        frames = positions.double()
+        few = frames[:: max(1, len(frames) // 200)].numpy()
+        placement = build_placement(cg_map, hops=hops, positions=few)
+        none = np.zeros(len(placement.atoms), dtype=bool)
+        bare = cls(cg_map, temperature_K, rotor=none, placement=placement, hops=hops, width=1)
+        points = bare.assembly.points(cg_map.apply(frames), frames)
+        measured = bare.coordinates.measure(points).unbind(-1)
+        statistics = coordinate_statistics(cg_map, placement, measured)
+        backmapper = cls(
+            cg_map,
+            temperature_K,
+            rotor=statistics.rotor,
+            rigid=statistics.rigid,
+            placement=placement,
+            hops=hops,
+            **options,
+        )
+        for name in ("location", "scale", "held"):
+            getattr(backmapper.coordinates, name).copy_(getattr(statistics, name))
+        some = slice(None, None, max(1, len(points) // _STATISTICS_FRAMES))
+        box = None if box is None else box.double().expand(len(points), 3, 3)[some]
+        backmapper.conditioner.set_statistics(points[some], box)
         return backmapper
 
-    def forward(self, beads: Tensor, *, temperature_K: float | None = None) -> BackmapDistribution:
-        """Return q(x|s) for ``beads`` of shape (..., n_beads, 3) in Å.
+    def forward(
+        self, coarse: Tensor, *, temperature_K: float | None = None, box: Tensor | None = None
+    ) -> BackmapDistribution:
+        """Return q(x|s).
+
+        Parameters
+        ----------
+        coarse
+            Beads (*B, n_beads, 3) in Å, or torsions (*B, n_torsions) in rad.
+        temperature_K
+            The model's own by default.
+        box
+            Cell vectors as rows, (3, 3) or (*B, 3, 3) in Å: molecules are made whole, neighbours
+            are found across the borders.
 
         Raises
         ------
         ValueError
-            If the number of beads or the temperature is not the model's, or a bead is not finite.
+            If the shape of s or the temperature isn't the model's, or s isn't finite.
         """
-        if beads.shape[-2:] != (self.cg_map.n_beads, 3):
+        inner = self.cg_map.coarse_shape
+        if tuple(coarse.shape[coarse.ndim - len(inner) :]) != inner:
             raise ValueError(
-                f"expected beads of shape (..., {self.cg_map.n_beads}, 3), got "
-                f"{tuple(beads.shape)}: the trajectory belongs to another mapping than this model"
+                f"expected coarse variables of shape (..., {', '.join(map(str, inner))}), got "
+                f"{tuple(coarse.shape)}: they belong to another mapping than this model"
             )
-        if temperature_K is not None and abs(temperature_K - self.temperature_K) > 1e-6:
+        if not torch.isfinite(coarse).all():
+            raise ValueError("the coarse variables contain NaN or infinity")
+        batch = coarse.shape[: coarse.ndim - len(inner)]
+        temperature = None
+        if temperature_K is not None:
+            self._check_temperature(temperature_K)
+            if temperature_K != self.temperature_K:
+                temperature = coarse.new_full(batch, temperature_K)
+        if box is not None:
+            if self.whole is None:
+                raise ValueError("torsions as coarse variables have no box")
+            box = box.to(coarse).expand(*batch, 3, 3)
+            coarse = self.whole(coarse, box)
+        return BackmapDistribution(self, coarse, temperature, box)
+
+    def _check_temperature(self, temperature_K: float) -> None:
+        low, high = self.temperatures_K
+        if not low - 1e-6 <= temperature_K <= high + 1e-6:
+            held = f"at {low:g} K" if low == high else f"from {low:g} to {high:g} K"
             raise ValueError(
-                f"this backmapper was trained at {self.temperature_K:g} K and holds at that "
-                f"temperature only; {temperature_K:g} K was asked for"
+                f"this backmapper was trained {held} and holds there only; {temperature_K:g} K was "
+                "asked for"
             )
-        if not torch.isfinite(beads).all():
-            raise ValueError("bead positions contain NaN or infinity")
-        return BackmapDistribution(self, beads)
 
     def sample_noise(self, rng: np.random.Generator, shape: tuple[int, ...] = ()) -> Tensor:
         """Draw base noise (*shape, n_dof), float64: the same for the same generator everywhere."""
-        noise = rng.standard_normal((*shape, len(self._rotor), 3))
-        noise[..., self._rotor, 2] = rng.uniform(-np.pi, np.pi, (*shape, int(self._rotor.sum())))
-        return torch.from_numpy(noise.reshape(*shape, self.n_dof))
+        masks = (self.normal_dof, self.rotor_dof, self.coordinates.charted)
+        noise = self.base.sample(rng, shape, *(mask.cpu().numpy() for mask in masks))
+        return noise[..., self.active.cpu()]
+
+    def by_slot(self, noise: Tensor) -> Tensor:
+        """Return noise (batch, n_dof) as (batch, n_slots, 3), zero where there is none."""
+        where = torch.nonzero(self.active.flatten())[:, 0]
+        zeros = noise.new_zeros(len(noise), self.active.numel())
+        return zeros.index_copy(1, where, noise).unflatten(1, self.active.shape)
+
+    def check_rigid(self, positions: Tensor) -> None:
+        """Raise ValueError unless rigid coordinates of (batch, n_atoms, 3) are as they are held."""
+        if self._rigid.any():
+            points = self.assembly.points(self.cg_map.apply(positions), positions)
+            slot = self.coordinates.first_unheld(points, torch.as_tensor(self._rigid))
+            if slot is not None:
+                label = atom_label(self.cg_map.atoms, self.placement.atoms[slot])
+                raise ValueError(
+                    f"the bond, angle or dihedral of {label} differs "
+                    "from the value that this model holds it at: it was trained on frames with "
+                    "constraints; give frames with the same ones"
+                )
 
     # The two directions, for one flat batch. Noise and coordinates have shape (batch, n_slots, 3).
 
-    def points_from(self, beads: Tensor, positions: Tensor) -> Tensor:
-        """Return beads and placed atoms in placement order, (batch, n_points, 3)."""
-        return torch.cat([beads, positions[:, self.atom_of_slot]], dim=1)
+    def _condition(
+        self, coarse: Tensor, temperature_K: Tensor | None, box: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """Return what the conditioner knows of s, whatever the atoms."""
+        log_temperature = None
+        if temperature_K is not None:
+            log_temperature = torch.log(temperature_K / self.temperature_K)
+        encoded = self.conditioner.encode(coarse, box)
+        return {"encoded": encoded, "coarse": coarse, "log_temperature": log_temperature}
 
-    def _harmonics(self, phi: Tensor) -> Tensor:
-        orders = torch.arange(1, N_HARMONICS + 1, dtype=phi.dtype, device=phi.device)
-        waves = phi[..., None] * orders
-        return torch.cat([torch.cos(waves), torch.sin(waves)], -1) * self.rotor[..., None]
+    def internal_coordinates(self, positions: Tensor, coarse: Tensor) -> Tensor:
+        """Return r, θ, φ of every slot, (batch, n_slots, 3), of atoms (batch, n_atoms, 3)."""
+        points = self.assembly.points(coarse, positions)
+        return self.coordinates.measure(points)
 
-    def to_noise(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the noise of ``points`` and ln q, in one parallel pass."""
-        noise, log_p, log_dx = self.to_noise_terms(points)
-        return noise, log_p.sum((-1, -2)) - log_dx.sum(-1)
+    def place_atoms(self, values: Tensor, coarse: Tensor) -> Tensor:
+        """Return the atoms at given internal coordinates; inverse of `internal_coordinates`.
 
-    def to_noise_terms(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return noise, log-densities of (r, θ, φ), both (batch, n_slots, 3), and ln(r² sin θ)."""
-        beads, blocks = points[:, : self.cg_map.n_beads], self.conditioner.blocks
-        chart = Chart(self.location, self.scale)
-        origin, frame = local_frames(points, self.references)
-        r, theta, phi = measure(origin, frame, points[:, self.cg_map.n_beads :])
-        y = chart.standardise(r, theta, phi)
-        harmonics = self._harmonics(phi)
-        slot = self.conditioner.slot
-        circular = torch.as_tensor(blocks.circular, device=slot.device)
-        own = harmonics[:, slot] * ~circular[:, None]
-        parameters, _, _ = self.conditioner(
-            points,
-            torch.cat([y.masked_fill(self.rotor_dof, 0.0), harmonics], -1),
-            self.conditioner.encode(beads),
-            own,
-            torch.arange(len(slot), device=slot.device),
-        )
-        affine = _Affine(parameters[:, ~circular])
-        z, log_p = affine.noise(y)
-        log_dx = 2.0 * torch.log(r) + torch.log(torch.sin(theta))
-        derivatives = chart.log_derivatives(r, theta, phi)
-        is_rotor = self.rotor_dof
-        log_p = log_p - derivatives
-        if circular.any():
-            multiplicity = self.multiplicity[self.rotor]
-            angle = phi[:, self.rotor] * multiplicity
-            density = CircularDensity(parameters[:, circular, : 2 * N_HARMONICS + 1])
-            v = wrap(density.uniform(angle) / multiplicity)
-            z = z.masked_scatter(is_rotor, v)
-            log_p = log_p.masked_scatter(is_rotor, density.log_density(angle) - _LOG_2PI)
-        return z, log_p, log_dx
-
-    def from_noise(self, beads: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the points placed from ``noise`` and ln q; twice differentiable in both."""
-        n_slots, blocks = len(self._rotor), self.conditioner.blocks
-        chart = Chart(self.location, self.scale)
-        encoded = self.conditioner.encode(beads)
-        points = torch.cat([beads, beads.new_zeros(len(beads), n_slots, 3)], 1)
-        inner = beads.new_zeros(len(beads), n_slots, 3 + 2 * N_HARMONICS)
-        phi_rotor = beads.new_zeros(len(beads), n_slots)
-        log_q = beads.new_zeros(len(beads))
-        for chosen in self._passes:
-            index = torch.as_tensor(chosen, device=beads.device)
-            slots = self.conditioner.slot[index]
-            harmonics = self._harmonics(phi_rotor)[:, slots]
-            first = bool(blocks.circular[chosen[0]])
-            own = torch.zeros_like(harmonics) if first else harmonics
-            parameters, origin, frame = self.conditioner(points, inner, encoded, own, index)
-            z = noise[:, slots]
-            if first:
-                multiplicity = self.multiplicity[slots]
-                density = CircularDensity(parameters[..., : 2 * N_HARMONICS + 1])
-                angle = density.inverse(z[..., 2] * multiplicity)
-                log_q = log_q + (density.log_density(angle) - _LOG_2PI).sum(-1)
-                phi_rotor = phi_rotor.index_copy(1, slots, angle / multiplicity)
-                continue
-            y, log_p = _Affine(parameters).coordinates(z)
-            local = Chart(chart.location[slots], chart.scale[slots])
-            r, theta, phi = local.coordinates(y)
-            is_rotor = self.rotor_dof[slots]
-            phi = torch.where(self.rotor[slots], phi_rotor[:, slots], phi)
-            derivatives = local.log_derivatives(r, theta, phi)
-            log_q = log_q + (log_p - derivatives).masked_fill(is_rotor, 0.0).sum((-1, -2))
-            log_q = log_q - (2.0 * torch.log(r) + torch.log(torch.sin(theta))).sum(-1)
-            atoms = place(origin, frame, r, theta, phi)
-            points = points.index_copy(1, self.cg_map.n_beads + slots, atoms)
-            features = torch.cat([y.masked_fill(is_rotor, 0.0), harmonics], -1)
-            inner = inner.index_copy(1, slots, features)
-        return points, log_q
-
-
-class _Affine:
-    """Lower-triangular affine map ``y = μ + exp(l) (I + L) z`` of a block's coordinates."""
-
-    def __init__(self, parameters: Tensor) -> None:
-        self.shift = parameters[..., 0:3]
-        self.log_scale = 3.0 * torch.tanh(parameters[..., 3:6] / 3.0)
-        self.coupling = parameters[..., 6:9]
-
-    def _log_prob(self, z: Tensor) -> Tensor:
-        return -0.5 * (z * z + _LOG_2PI) - self.log_scale
-
-    def coordinates(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``y`` and the log-density of each coordinate, shapes (batch, n, 3)."""
-        a, b, c = z.unbind(-1)
-        k, m, n = self.coupling.unbind(-1)
-        mixed = torch.stack([a, b + k * a, c + m * a + n * b], -1)
-        return self.shift + torch.exp(self.log_scale) * mixed, self._log_prob(z)
-
-    def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``z`` and the log-density of each coordinate; inverse of :meth:`coordinates`."""
-        a, b, c = ((y - self.shift) * torch.exp(-self.log_scale)).unbind(-1)
-        k, m, n = self.coupling.unbind(-1)
-        b = b - k * a
-        z = torch.stack([a, b, c - m * a - n * b], -1)
-        return z, self._log_prob(z)
-
-
-class BackmapDistribution:
-    """q(x|s) at given beads; made by calling a :class:`Backmapper`.
-
-    Batch shape B is ``beads.shape[:-2]``; sample shapes S come in front of it. Densities are with
-    respect to the Cartesian volume of the placed atoms, in Å, on the fibre {x : M x = s}.
-    """
-
-    def __init__(self, backmapper: Backmapper, beads: Tensor) -> None:
-        self.backmapper, self.beads = backmapper, beads
-        self.batch_shape = beads.shape[:-2]
-
-    def _flat_beads(self, shape: torch.Size) -> Tensor:
-        return self.beads.expand(*shape, *self.beads.shape[-2:]).flatten(0, -3)
-
-    def positions_and_log_prob_from(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return positions (*S, *B, n_atoms, 3) and ln q (*S, *B) of ``noise`` (*S, *B, n_dof)."""
-        shape = noise.shape[:-1]
-        flow = self.backmapper
-        beads = self._flat_beads(shape) if shape else self.beads[None]
-        points, log_q = flow.from_noise(beads, noise.reshape(-1, flow.n_dof // 3, 3))
-        positions = points[:, flow.point_of_atom]
-        return positions.reshape(*shape, -1, 3), log_q.reshape(shape)
-
-    def positions_from(self, noise: Tensor) -> Tensor:
-        """Return the positions of ``noise``: smooth in noise and beads."""
-        return self.positions_and_log_prob_from(noise)[0]
-
-    def noise_and_log_prob_from(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return noise (*S, *B, n_dof) and ln q (*S, *B) of positions (*S, *B, n_atoms, 3).
-
-        Raises
-        ------
-        ValueError
-            If the positions do not map onto the beads (by more than 0.001 Å).
+        Coordinates that aren't active are taken from s, or are what they are held at.
         """
-        shape = positions.shape[:-2]
-        flow = self.backmapper
-        error = (flow.cg_map.apply(positions) - self.beads).abs().max()
-        if not error < 1e-3:
-            raise ValueError(
-                f"the positions map to other beads than given (off by up to {error:.3g} Å): "
-                "the density is defined on the fibre M x = s only"
-            )
-        beads = self._flat_beads(shape) if shape else self.beads[None]
-        points = flow.points_from(beads, positions.reshape(-1, *positions.shape[-2:]))
-        noise, log_q = flow.to_noise(points)
-        return noise.reshape(*shape, flow.n_dof), log_q.reshape(shape)
+        points, coordinates = self.assembly.first_points(coarse), self.coordinates
+        values = coordinates.hold(values, coarse, torch.arange(values.shape[1]))
+        for step in self._steps:
+            if len(step.opening):
+                points = self.assembly.open(points, coarse, step.opening)
+            if len(step.rest):
+                slots = self.conditioner.slot[step.rest]
+                frames = local_frames(points, coordinates.references[slots])
+                given = values[:, slots].unbind(-1)
+                atoms = place(*frames, *given, coordinates.linear[slots])
+                points = points.index_copy(1, coordinates.point_of_slot[slots], atoms)
+            if len(step.closing):
+                points = self.assembly.close(points, coarse, step.closing)
+        return self.assembly.atoms(points)
 
-    def noise_from(self, positions: Tensor) -> Tensor:
-        """Return the noise of positions; inverse of :meth:`positions_from`."""
-        return self.noise_and_log_prob_from(positions)[0]
+    def _rotor_density(self, raw: Tensor, slots: Tensor) -> CircularDensity:
+        return CircularDensity(raw[..., :N_ROTOR], self.multiplicity[slots].to(raw.dtype))
 
-    def log_prob(self, positions: Tensor) -> Tensor:
-        """Return ln q(x|s), shape (*S, *B)."""
-        return self.noise_and_log_prob_from(positions)[1]
+    def _features(self, y: Tensor, phi: Tensor, slots: Tensor) -> Tensor:
+        """Return what later atoms may know of the coordinates of slots, (batch, n, 3 + 2 K)."""
+        y = y * self.coordinates.invariant[slots]
+        return torch.cat([y, harmonics(phi) * self.coordinates.rotor[slots, None]], -1)
 
-    def rsample_and_log_prob(
-        self, shape: tuple[int, ...] = (), rng: np.random.Generator | None = None
+    def _log_constant(self, noise: Tensor) -> Tensor:
+        """Return what ln q has beside blocks and volumes: of fragments and the wide component."""
+        return self.base.log_ratio(noise, self.coordinates.charted) + self.assembly.log_volume
+
+    def to_noise_terms(
+        self,
+        positions: Tensor,
+        coarse: Tensor,
+        *,
+        temperature_K: Tensor | None = None,
+        box: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noise, log-densities of its coordinates, and ln q, in one parallel pass.
+
+        Parameters
+        ----------
+        positions, coarse
+            Shapes (batch, n_atoms, 3) and (batch, ...): atoms and what they map to.
+        temperature_K, box
+            Of every frame, (batch,) and (batch, 3, 3), or None.
+
+        Returns
+        -------
+        noise, log_p, log_q
+            Shapes (batch, n_slots, 3) twice, of r, θ, φ, zero where held; and (batch,).
+        """
+        condition = self._condition(coarse, temperature_K, box)
+        points, coordinates = self.assembly.points(coarse, positions), self.coordinates
+        every = torch.arange(len(self.placement.atoms), device=points.device)
+        values = coordinates.hold(coordinates.measure(points), coarse, every)
+        y = coordinates.standardise(values)
+        inner = self._features(y, values[..., 2], every)
+        slot, circular = self.conditioner.slot, self.conditioner.circular
+        raw, _, _ = self.conditioner(
+            points,
+            nn.functional.pad(inner, (0, 0, 0, 1)),
+            own=inner[:, slot, 3:] * ~circular[:, None],
+            blocks=torch.arange(len(slot), device=slot.device),
+            **condition,
+        )
+        affine = coordinates.affine(raw[:, ~circular], every, condition["log_temperature"])
+        noise, log_p, log_volume = coordinates.noise(affine, values, y)
+        if coordinates.any_rotor:
+            density = self._rotor_density(raw[:, circular], slot[circular])
+            angle = values[:, coordinates.rotor, 2]
+            where = torch.zeros_like(self.active)
+            where[:, 2] = coordinates.rotor
+            noise = noise.masked_scatter(where, wrap(density.uniform(angle)))
+            log_p = log_p.masked_scatter(where, density.log_density(angle) - _LOG_2PI)
+        return noise, log_p, log_p.sum((-1, -2)) - log_volume + self._log_constant(noise)
+
+    def from_noise(
+        self,
+        coarse: Tensor,
+        noise: Tensor,
+        *,
+        temperature_K: Tensor | None = None,
+        box: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw positions (*shape, *B, n_atoms, 3) with ln q; differentiable in the beads."""
-        rng = np.random.default_rng() if rng is None else rng
-        noise = self.backmapper.sample_noise(rng, (*shape, *self.batch_shape))
-        return self.positions_and_log_prob_from(noise.to(self.beads))
-
-    def rsample(
-        self, shape: tuple[int, ...] = (), rng: np.random.Generator | None = None
-    ) -> Tensor:
-        """Draw positions (*shape, *B, n_atoms, 3)."""
-        return self.rsample_and_log_prob(shape, rng)[0]
+        """Return positions (batch, n_atoms, 3) and ln q; twice differentiable in s and noise."""
+        condition = self._condition(coarse, temperature_K, box)
+        points, coordinates = self.assembly.first_points(coarse), self.coordinates
+        n_slots = noise.shape[1]
+        inner = coarse.new_zeros(len(coarse), n_slots + 1, self.conditioner.n_inner)
+        rotor_phi = coarse.new_zeros(len(coarse), n_slots)
+        log_q = self._log_constant(noise)
+        for step in self._steps:
+            if len(step.opening):
+                points = self.assembly.open(points, coarse, step.opening)
+            if len(step.circular):
+                slots = self.conditioner.slot[step.circular]
+                own = coarse.new_zeros(len(coarse), len(slots), self.conditioner.n_inner - 3)
+                raw, _, _ = self.conditioner(
+                    points, inner, own=own, blocks=step.circular, **condition
+                )
+                density = self._rotor_density(raw, slots)
+                angle = density.inverse(noise[:, slots, 2])
+                log_q = log_q + (density.log_density(angle) - _LOG_2PI).sum(-1)
+                rotor_phi = rotor_phi.index_copy(1, slots, angle)
+            if len(step.rest):
+                slots = self.conditioner.slot[step.rest]
+                phi = rotor_phi[:, slots]
+                own = harmonics(phi) * coordinates.rotor[slots, None]
+                raw, origin, frame = self.conditioner(
+                    points, inner, own=own, blocks=step.rest, **condition
+                )
+                affine = coordinates.affine(raw, slots, condition["log_temperature"])
+                values, y, gain = coordinates.values(affine, noise[:, slots], phi, coarse, slots)
+                log_q = log_q + gain
+                atoms = place(origin, frame, *values.unbind(-1), coordinates.linear[slots])
+                points = points.index_copy(1, coordinates.point_of_slot[slots], atoms)
+                inner = inner.index_copy(1, slots, self._features(y, phi, slots))
+            if len(step.closing):
+                points = self.assembly.close(points, coarse, step.closing)
+        return self.assembly.atoms(points), log_q

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from MDAnalysis import AtomGroup, Universe
@@ -130,6 +130,15 @@ class MappedReader(ProtoReader):
         return new
 
 
+class BeadFrame(NamedTuple):
+    """Beads (n_beads, 3) in Å, their box (6,) in Å and degrees, if any, and which sample it is."""
+
+    beads: np.ndarray
+    dimensions: np.ndarray | None
+    cg_frame: int
+    sample: int
+
+
 class BeadReader(MappedReader):
     """A bead trajectory of atomistic size, the host of `Backmap`.
 
@@ -158,17 +167,16 @@ class BeadReader(MappedReader):
         # Forces that a transformation wrote for the previous frame aren't those of this one.
         ts.has_forces = False
 
-    def look_ahead(self, frames: Sequence[int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Return beads, float32 (len(frames), n_beads, 3), and (cg_frame, sample) of frames.
-
-        The current Timestep stays as it is.
-        """
+    def look_ahead(self, frames: Sequence[int]) -> list[BeadFrame]:
+        """Return what coming frames hold. The current Timestep stays as it is."""
         keys = [divmod(frame, self.n_samples) for frame in frames]
-        beads: dict[int, np.ndarray] = {}
+        read: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         for cg_frame, _ in keys:
-            if cg_frame not in beads:
-                beads[cg_frame] = self._source[cg_frame].positions[self._ix]
-        return np.stack([beads[cg_frame] for cg_frame, _ in keys]), keys
+            if cg_frame not in read:
+                ts = self._source[cg_frame]
+                box = None if ts.dimensions is None else ts.dimensions.copy()  # else a view of it
+                read[cg_frame] = ts.positions[self._ix], box
+        return [BeadFrame(*read[cg_frame], cg_frame, sample) for cg_frame, sample in keys]
 
 
 class AtomReader(MappedReader):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from os import PathLike
@@ -16,12 +16,13 @@ import torch
 from ase import units
 from MDAnalysis.coordinates.timestep import Timestep
 from MDAnalysis.exceptions import NoDataError
+from MDAnalysis.lib.mdamath import triclinic_vectors
 from MDAnalysis.transformations.base import TransformationBase
 
 from ccg_ase.units import thermal_energy
 from ccg_mda.potential import Potential
-from ccg_mda.readers import BeadReader
-from ccg_mda.universe import universe_from
+from ccg_mda.readers import BeadFrame, BeadReader
+from ccg_mda.universe import require_beads, universe_from
 
 if TYPE_CHECKING:
     from ccg_mda.flow import Backmapper
@@ -35,9 +36,32 @@ class _Block:
     """Consecutive frames that one call of the model reconstructed."""
 
     beads: np.ndarray
+    box: np.ndarray | None
     positions: np.ndarray
     log_prob: np.ndarray
     energies: dict[int, tuple[float, np.ndarray]] = field(default_factory=dict)
+
+    def holds(self, row: int, beads: np.ndarray, box: np.ndarray | None) -> bool:
+        """Tell whether a row was made from these beads (n_beads, 3) and this box (1, 3, 3)."""
+        if (box is None) != (self.box is None) or not np.array_equal(self.beads[row], beads):
+            return False
+        return box is None or np.array_equal(self.box[row], box[0])
+
+
+def _cells(frames: Sequence[BeadFrame], own: BeadFrame) -> np.ndarray | None:
+    """Return the cell vectors of frames as rows, (n, 3, 3) in Å, or None if `own` has no box.
+
+    Frames that were read ahead, without the transformations that gave `own` its box, get that one.
+    """
+    if own.dimensions is None:
+        return None
+    boxes = [own.dimensions if f.dimensions is None else f.dimensions for f in frames]
+    with np.errstate(invalid="ignore"):
+        cells = np.stack([triclinic_vectors(box, dtype=np.float64) for box in boxes])
+    flat = np.linalg.det(cells) <= 0
+    if flat.any():
+        raise ValueError(f"{boxes[int(flat.argmax())]} is no periodic box (Å, degrees)")
+    return cells
 
 
 class Backmap(TransformationBase):
@@ -53,6 +77,9 @@ class Backmap(TransformationBase):
     ``SeedSequence([seed, cg_frame, sample])``, whatever the order of access, worker or copy. The
     model sees ``prefetch`` frames at once, always in the same aligned blocks and always that many,
     so that even the last bits don't depend on what was read before.
+
+    Where frames have a box, molecules come out whole, beside their first bead: no need to unwrap
+    the beads, and `wrap` may follow.
 
     It sets ``ts.positions`` and
 
@@ -92,6 +119,7 @@ class Backmap(TransformationBase):
         potential: Potential | None = None,
         prefetch: int = 16,
     ) -> None:
+        require_beads(model.cg_map)
         if potential is not None and potential.n_atoms != model.cg_map.n_atoms:
             raise ValueError(
                 f"the potential has {potential.n_atoms} atoms, the model {model.cg_map.n_atoms}; "
@@ -141,17 +169,18 @@ class Backmap(TransformationBase):
     def _block(self, ts: Timestep) -> tuple[_Block, int]:
         """Return the block of this frame and the row in it, from the cache if it's the same."""
         number, row = divmod(ts.frame, self.prefetch)
-        beads = self._beads(ts)
+        frame = self._frame(ts)
+        box = _cells([frame], frame)
         block = self._blocks.get(number)
         # One transformation may serve several trajectories: same beads, not only same number.
-        if block is None or not np.array_equal(block.beads[row], beads):
-            block = self._blocks[number] = self._evaluate(ts, beads, row)
+        if block is None or not block.holds(row, frame.beads, box):
+            block = self._blocks[number] = self._evaluate(ts, frame, row)
         self._blocks.move_to_end(number)
         if len(self._blocks) > _BLOCKS_KEPT:
             self._blocks.popitem(last=False)
         return block, row
 
-    def _beads(self, ts: Timestep) -> np.ndarray:
+    def _frame(self, ts: Timestep) -> BeadFrame:
         try:
             beads = ts.data["beads"]
         except KeyError:
@@ -164,37 +193,35 @@ class Backmap(TransformationBase):
             raise ValueError(f"the model has {n_beads} beads, the frame {beads.shape[0]}")
         if not np.isfinite(beads).all():
             raise ValueError(f"bead positions of frame {ts.frame} are NaN or infinite")
-        if ts.dimensions is not None and len(self.model.cg_map.beads.bonds):
-            i, j = self.model.cg_map.beads.bonds.T
-            if np.any(np.abs(beads[i] - beads[j]) > ts.dimensions[:3] / 2):
-                raise ValueError(
-                    f"a molecule of frame {ts.frame} is split across the periodic boundary; add "
-                    "MDAnalysis.transformations.unwrap to the bead Universe"
-                )
-        return beads
+        return BeadFrame(beads, ts.dimensions, ts.data["cg_frame"], ts.data["sample"])
 
-    def _evaluate(self, ts: Timestep, beads: np.ndarray, row: int) -> _Block:
+    def _evaluate(self, ts: Timestep, frame: BeadFrame, row: int) -> _Block:
         """Reconstruct the whole block; places beyond the trajectory are filled with this frame."""
-        batch = np.repeat(beads[None], self.prefetch, axis=0)
-        keys = [(ts.data["cg_frame"], ts.data["sample"])] * self.prefetch
+        frames = [frame] * self.prefetch
         # MDAnalysis gives transformations nothing but the Timestep; this is its way to the reader.
         reader = ts._reader() if getattr(ts, "_reader", None) is not None else None
         if isinstance(reader, BeadReader) and self.prefetch > 1:
             first = ts.frame - row
             ahead = range(first, min(first + self.prefetch, reader.n_frames))
-            batch[: len(ahead)], keys[: len(ahead)] = reader.look_ahead(ahead)
-            batch[row] = beads  # as earlier transformations may have left them
+            frames[: len(ahead)] = reader.look_ahead(ahead)
+            frames[row] = frame  # as earlier transformations may have left it
+        beads, box = np.stack([f.beads for f in frames]), _cells(frames, frame)
         noise = torch.stack(
             [
-                self.model.sample_noise(np.random.default_rng([self.seed, *map(int, key)]))
-                for key in keys
+                self.model.sample_noise(
+                    np.random.default_rng([self.seed, int(f.cg_frame), int(f.sample)])
+                )
+                for f in frames
             ]
         )
         with torch.no_grad():
-            distribution = self.model(torch.tensor(batch, dtype=torch.float64, device=self._device))
+            distribution = self.model(
+                torch.tensor(beads, dtype=torch.float64, device=self._device),
+                box=None if box is None else torch.tensor(box, device=self._device),
+            )
             placed = distribution.positions_and_log_prob_from(noise.to(self._device))
         positions, log_prob = (value.cpu().numpy() for value in placed)
-        return _Block(batch, positions, log_prob)
+        return _Block(beads, box, positions, log_prob)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache behind and turn the model into bytes.
@@ -264,6 +291,7 @@ def backmap(
             f"the model is for {model.temperature_K} K, asked for {temperature_K} K; train a model "
             "at that temperature"
         )
+    require_beads(model.cg_map)
     expected, given = model.cg_map.beads.names, tuple(getattr(u_cg.atoms, "names", ()))
     if given != expected and sorted(given) == sorted(expected):
         raise ValueError(

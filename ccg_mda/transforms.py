@@ -1,18 +1,27 @@
-"""Smooth scalar bijections between the real line or the circle and the three internal coordinates.
+"""Smooth bijections between noise and the internal coordinates of placed atoms.
 
-All maps are C-infinity, exact on their whole domain and cheap in both directions: bond lengths live
-on the half-line, angles on an interval, stiff dihedrals on a cut circle, and rotors on the full
-circle, where the density is the exponential of a short Fourier series.
+All maps are C-infinity, exact on their whole domain and explicit in both directions: bond lengths
+live on the half-line, angles on an interval, stiff dihedrals on a cut circle, linear groups in
+plain Cartesian components, rotors on the full circle, free directions on the sphere.
+Parameters that are all zero give the identity.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 TWO_PI = 2.0 * math.pi
+_LOG_2PI = math.log(TWO_PI)
+
+N_PARAMETERS = 15  # of an Affine block
+N_HARMONICS = 3  # of a CircularDensity
+N_ROTOR = 2 * N_HARMONICS + 3  # parameters of a CircularDensity, at most N_PARAMETERS
 
 
 def wrap(angle: Tensor) -> Tensor:
@@ -24,121 +33,365 @@ class Chart:
     """Standardised coordinates ``y`` of bond lengths, angles and stiff dihedrals.
 
     ``r = exp(m + s y)``, ``θ = 2 atan(exp(m + s y))`` and ``φ = m + 2 atan(s y / 2)``: each is
-    close to linear over thermal fluctuations, and maps the real line onto the whole domain.
+    close to linear over thermal fluctuations, and maps the real line onto the whole domain. Where
+    ``cartesian`` is set the three coordinates are components in the local frame, ``m + s y``:
+    linear groups have no dihedral. Degenerate points (r = 0, θ = 0 or π) read as the nearest
+    regular ones, so that no value or gradient is NaN.
 
     Parameters
     ----------
     location, scale
-        ``m`` and ``s``, shape (n, 3), columns r (ln Å), θ (ln tan θ/2) and φ (rad).
+        ``m`` and ``s``, shape (..., n, 3), columns r (ln Å), θ (ln tan θ/2) and φ (rad); all Å
+        where Cartesian.
+    cartesian
+        Which slots are Cartesian, boolean, shape (n,); none by default.
     """
 
-    def __init__(self, location: Tensor, scale: Tensor) -> None:
-        self.location, self.scale = location, scale
+    def __init__(self, location: Tensor, scale: Tensor, cartesian: Tensor | None = None) -> None:
+        self.location, self.scale, self.cartesian = location, scale, cartesian
 
     @staticmethod
     def flatten(r: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``ln r`` and ``ln tan θ/2``, the unbounded forms whose statistics set ``m, s``."""
+        r, theta = _regular(r, theta)
         return torch.log(r), torch.log(torch.tan(0.5 * theta))
 
+    def _polar(self, values: Tensor, neutral: float) -> Tensor:
+        """Replace the values of Cartesian slots, so that the branch not taken stays finite."""
+        return values if self.cartesian is None else values.masked_fill(self.cartesian, neutral)
+
+    def _choose(self, polar: Tensor, plain: Tensor) -> Tensor:
+        if self.cartesian is None:
+            return polar
+        return torch.where(self.cartesian[:, None], plain, polar)
+
     def coordinates(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``(r, θ, φ)`` of ``y`` with shape (..., n, 3)."""
+        """Return ``(r, θ, φ)``, or ``(x, y, z)`` where Cartesian, of ``y`` (..., n, 3)."""
         u = y * self.scale
-        r = torch.exp(self.location[..., 0] + u[..., 0])
-        theta = 2.0 * torch.atan(torch.exp(self.location[..., 1] + u[..., 1]))
-        phi = self.location[..., 2] + 2.0 * torch.atan(0.5 * u[..., 2])
-        return r, theta, phi
+        plain = self.location + u
+        # e^80 Å is far outside any molecule, θ = π to rounding, and does not overflow in float32.
+        r, tangent = (torch.exp(self._polar(plain[..., k], 0.0).clamp(max=80.0)) for k in (0, 1))
+        phi = self.location[..., 2] + 2.0 * torch.atan(0.5 * self._polar(u[..., 2], 0.0))
+        polar = torch.stack([r, 2.0 * torch.atan(tangent), phi], -1)
+        first, second, third = self._choose(polar, plain).unbind(-1)
+        return first, second, third
 
-    def standardise(self, r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
+    def standardise(self, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
         """Return ``y`` of shape (..., n, 3); inverse of :meth:`coordinates`."""
-        log_r, log_tan = self.flatten(r, theta)
-        half = 2.0 * torch.tan(0.5 * wrap(phi - self.location[..., 2]))
-        u = torch.stack([log_r - self.location[..., 0], log_tan - self.location[..., 1], half], -1)
-        return u / self.scale
+        log_r, log_tan = self.flatten(self._polar(first, 1.0), self._polar(second, 1.0))
+        half = 2.0 * torch.tan(0.5 * wrap(self._polar(third, 0.0) - self.location[..., 2]))
+        polar = torch.stack(
+            [log_r - self.location[..., 0], log_tan - self.location[..., 1], half], -1
+        )
+        plain = torch.stack([first, second, third], -1) - self.location
+        return self._choose(polar, plain) / self.scale
 
-    def log_derivatives(self, r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
-        """Return ``ln |d(r, θ, φ)/dy|`` of each coordinate, shape (..., n, 3)."""
-        # dφ/du = 1 / (1 + u²/4) = cos²((φ - m)/2)
-        d_phi = 2.0 * torch.log(torch.cos(0.5 * wrap(phi - self.location[..., 2])))
-        logs = torch.stack([torch.log(r), torch.log(torch.sin(theta)), d_phi], -1)
-        return logs + torch.log(self.scale)
+    def log_derivatives(self, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+        """Return ``ln |d(coordinate)/dy|`` of each coordinate, shape (..., n, 3)."""
+        r, theta = _regular(self._polar(first, 1.0), self._polar(second, 1.0))
+        half = torch.tan(0.5 * wrap(self._polar(third, 0.0) - self.location[..., 2]))
+        polar = torch.stack(
+            [torch.log(r), torch.log(torch.sin(theta)), -torch.log1p(half * half)], -1
+        )
+        return self._choose(polar, torch.zeros_like(polar)) + torch.log(self.scale)
+
+    def log_volume(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return ``ln |dx/d(coordinates)|``: ``2 ln r + ln sin θ``, 0 where Cartesian; (..., n)."""
+        r, theta = _regular(self._polar(first, 1.0), self._polar(second, 0.5 * math.pi))
+        return 2.0 * torch.log(r) + torch.log(torch.sin(theta))
+
+
+def _regular(r: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``r`` and ``θ`` kept away from r = 0 and θ = 0, π by about rounding."""
+    eps = 4.0 * torch.finfo(theta.dtype).eps
+    return r.clamp(min=1e-12), theta.clamp(eps, math.pi - eps)
+
+
+class Affine:
+    """Triangular map ``y = μ + exp(l) (I + L) g(z)`` of three standard normal coordinates.
+
+    ``g`` bends each coordinate by sinh–arcsinh (Jones and Pewsey, Biometrika 96, 761 (2009)),
+    ``g(z) = [sinh(δ asinh z + ε) - sinh ε] / (δ cosh ε)``: ε sets the skew, δ the tails, and
+    ``g(0) = 0``, ``g'(0) = 1`` leave centre and width to the affine part.
+
+    Parameters
+    ----------
+    parameters
+        Unbounded, shape (..., 15): shift μ (3), log-scale (3, bounded as ``l = 3 tanh(raw/3)``),
+        coupling L (3: second on first, third on first, third on second), skew (3, ``ε = tanh
+        raw``), tail (3, ``ln δ = tanh(raw) / 2``).
+    """
+
+    def __init__(self, parameters: Tensor) -> None:
+        self.shift, log_scale, self.coupling, skew, tail = parameters.split(3, -1)
+        self.log_scale = 3.0 * torch.tanh(log_scale / 3.0)
+        self.skew = torch.tanh(skew)
+        self.tail = torch.exp(0.5 * torch.tanh(tail))
+        self._offset = torch.sinh(self.skew)
+        self._slope = self.tail * torch.cosh(self.skew)
+
+    def _log_prob(self, z: Tensor, bent: Tensor) -> Tensor:
+        """Return the log-density of y; ``bent = sinh(δ asinh z + ε)``."""
+        # ln g' = ln cosh(δ asinh z + ε) - ln cosh ε - ln cosh asinh z
+        squares = torch.log1p(bent * bent) - torch.log1p(self._offset**2) - torch.log1p(z * z)
+        return -0.5 * (z * z + _LOG_2PI + squares) - self.log_scale
+
+    def coordinates(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``y`` and the log-density of each coordinate, shapes (..., 3)."""
+        bent = torch.sinh(self.tail * torch.asinh(z) + self.skew)
+        a, b, c = ((bent - self._offset) / self._slope).unbind(-1)
+        k, m, n = self.coupling.unbind(-1)
+        mixed = torch.stack([a, b + k * a, c + m * a + n * b], -1)
+        return self.shift + torch.exp(self.log_scale) * mixed, self._log_prob(z, bent)
+
+    def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``z`` and the log-density of each coordinate; inverse of :meth:`coordinates`."""
+        a, b, c = ((y - self.shift) * torch.exp(-self.log_scale)).unbind(-1)
+        k, m, n = self.coupling.unbind(-1)
+        b = b - k * a
+        bent = torch.stack([a, b, c - m * a - n * b], -1) * self._slope + self._offset
+        z = torch.sinh((torch.asinh(bent) - self.skew) / self.tail)
+        return z, self._log_prob(z, bent)
+
+
+@lru_cache(maxsize=16)
+def _circle_tables(
+    n_grid: int, n_nodes: int, n_terms: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return constants of :class:`CircularDensity`, the same for all of one precision and device.
+
+    ``orders`` (K,); ``grid`` (n_grid,); ``waves`` (2 K, n_grid), cosines and sines on the grid;
+    ``primitive`` (n_grid, n_grid), which takes a periodic function on the grid to the primitive of
+    its oscillating part, by its Fourier series; Gauss–Legendre ``nodes``, ``weights`` on [0, 1].
+    """
+    orders, grid = np.arange(1, n_terms + 1), np.arange(n_grid) * (TWO_PI / n_grid)
+    angles = orders[:, None] * grid
+    k = np.arange(1, n_grid // 2)
+    kernel = (2.0 / n_grid) * (np.sin(grid[:, None] * k) / k).sum(-1)
+    index = np.arange(n_grid)
+    nodes, weights = np.polynomial.legendre.leggauss(n_nodes)
+    arrays = (
+        orders,
+        grid,
+        np.concatenate([np.cos(angles), np.sin(angles)]),
+        kernel[(index[:, None] - index) % n_grid],
+        0.5 * (nodes + 1.0),
+        0.5 * weights,
+    )
+    with torch.inference_mode(False):  # cached: must serve autograd later
+        return tuple(torch.tensor(a, dtype=dtype, device=device) for a in arrays)
 
 
 class CircularDensity:
-    r"""Density of an angle ``a``, the exponential of a Fourier series, with its map to uniform.
+    r"""Density of a torsion ``φ``, the exponential of a Fourier series, with its map to uniform.
 
-    ``ρ(a) = exp(Σ_k p_k cos ka + q_k sin ka) / Z`` has mean one over the circle; the map
-    ``u = G(a) + c`` with ``G' = ρ`` makes ``u`` uniform. ``G`` is the integrated Fourier series of
-    ``ρ``, which converges geometrically. The gauge ``c`` leaves the density alone and decides how a
-    sample moves at fixed ``u`` when the parameters change (flow_recipe.md).
+    With ``b = M (φ - φ0)``, M the symmetry number, the density has mean one over the circle,
+    ``ρ(φ) = λ + (1 - λ) exp(Σ_k p_k cos kb + q_k sin kb) / Z``, and ``u = G(b) / M + c`` with
+    ``G' = ρ`` is uniform on the circle. The floor λ bounds weights and keeps the inverse well
+    conditioned. φ0 is the angle of a steering vector v: turning v turns the density and, at fixed
+    ``u``, every sample along rigidly. The gauge ``c`` leaves the density alone and decides how
+    samples move when the other parameters change (flow_recipe.md).
+
+    G on a grid comes from the Fourier series of ρ, which has converged to rounding for all
+    parameters, and between grid points from Gauss–Legendre quadrature of ρ.
 
     Parameters
     ----------
     raw
-        Unbounded parameters, shape (..., 2 K + 1): K cosine, K sine amplitudes and the gauge.
+        Unbounded parameters, shape (..., 2 K + 3): K cosine and K sine amplitudes (each pair
+        bounded to a length of 8: peaks as narrow as 5.5° for K = 3), gauge c (rad), and v - (1, 0).
+    multiplicity
+        Symmetry number M: a number, or a tensor that broadcasts with ``raw[..., 0]``.
+
+    Raises
+    ------
+    ValueError
+        If the number of parameters is not 5, 7 or 9.
     """
 
-    n_grid = 128
-    n_series = 60
+    n_grid, n_nodes, n_newton = 160, 5, 3
+    bound, floor = 8.0, 1e-4
 
-    def __init__(self, raw: Tensor) -> None:
-        n_terms = (raw.shape[-1] - 1) // 2
-        orders = torch.arange(1, n_terms + 1, dtype=raw.dtype, device=raw.device)
-        bound = (
-            5.0 / orders**1.5
-        )  # keeps the series above converged to rounding for all usual densities
-        self._cos = bound * torch.tanh(raw[..., :n_terms] / bound)
-        self._sin = bound * torch.tanh(raw[..., n_terms:-1] / bound)
-        self.gauge = raw[..., -1]
-        self._orders = orders
-        grid = torch.arange(self.n_grid, dtype=raw.dtype, device=raw.device)
-        self._grid = grid * (TWO_PI / self.n_grid)
-        angles = self._grid[:, None] * orders
-        log_rho = self._cos @ torch.cos(angles).T + self._sin @ torch.sin(angles).T
-        self._log_z = torch.logsumexp(log_rho, -1) - math.log(self.n_grid)
-        rho = torch.exp(log_rho - self._log_z[..., None])
-        self._series = torch.arange(1, self.n_series + 1, dtype=raw.dtype, device=raw.device)
-        waves = self._grid[:, None] * self._series
-        factor = 2.0 / (self.n_grid * self._series)
-        self._a = (rho @ torch.cos(waves)) * factor
-        self._b = (rho @ torch.sin(waves)) * factor
+    def __init__(self, raw: Tensor, multiplicity: Tensor | float = 1.0) -> None:
+        n_terms, odd = divmod(raw.shape[-1] - 3, 2)
+        if odd or not 1 <= n_terms <= N_HARMONICS:
+            raise ValueError(
+                f"a circular density takes 2 K + 3 parameters with 1 <= K <= {N_HARMONICS}, got "
+                f"{raw.shape[-1]}: slice the parameters to {N_ROTOR}"
+            )
+        tables = _circle_tables(self.n_grid, self.n_nodes, n_terms, raw.dtype, raw.device)
+        self._orders, self._grid, waves, self._primitive, self._nodes, self._weights = tables
+        amplitudes = raw[..., : 2 * n_terms].unflatten(-1, (2, n_terms))
+        lengths = torch.sqrt(1.0 + amplitudes.square().sum(-2, keepdim=True) / self.bound**2)
+        self._coefficients = (amplitudes / lengths).flatten(-2)
+        self.gauge = raw[..., 2 * n_terms]
+        self.direction = torch.atan2(raw[..., -1], 1.0 + raw[..., -2])
+        self.multiplicity = multiplicity
+        self._grid_values = torch.exp(self._coefficients @ waves)  # at most e^24: no overflow
+        self._factor = (1.0 - self.floor) / self._grid_values.mean(-1)
 
-    def log_density(self, a: Tensor) -> Tensor:
-        """Return ``ln ρ(a)``, zero for the uniform density; shape of ``a``."""
-        waves = a[..., None] * self._orders
-        series = (self._cos * torch.cos(waves) + self._sin * torch.sin(waves)).sum(-1)
-        return series - self._log_z
+    def _density(self, b: Tensor, extra: int = 0) -> Tensor:
+        """Return ρ at ``b``, whose last ``extra`` dimensions share their parameters."""
+        waves = b[..., None] * self._orders
+        waves = torch.cat([torch.cos(waves), torch.sin(waves)], -1)
+        index = (..., *(None,) * extra)
+        series = (waves * self._coefficients[(*index, slice(None))]).sum(-1)
+        return self.floor + self._factor[index] * torch.exp(series)
 
-    def _primitive(self, a: Tensor) -> Tensor:
-        waves = a[..., None] * self._series
-        return a + (self._a * torch.sin(waves) - self._b * torch.cos(waves)).sum(-1)
+    def _local(self, start: Tensor, step: Tensor) -> Tensor:
+        """Return the integral of ρ from ``start`` to ``start + step``, within one grid cell."""
+        rho = self._density(start[..., None] + step[..., None] * self._nodes, extra=1)
+        return step * (rho @ self._weights)
 
-    def uniform(self, a: Tensor) -> Tensor:
-        """Return ``u = G(a) + c`` on the lifted circle (not wrapped)."""
-        return self._primitive(a) + self.gauge
+    def _at_grid(self, cell: Tensor) -> Tensor:
+        """Return G at the start of grid cells."""
+        wave = (self._primitive[cell] * self._grid_values).sum(-1)
+        return self._grid[cell] + wave * self._factor
+
+    def _centred(self, phi: Tensor) -> Tensor:
+        return (phi - self.direction) * self.multiplicity
+
+    def log_density(self, phi: Tensor) -> Tensor:
+        """Return ``ln ρ(φ)``, zero for the uniform density; shape of ``phi``."""
+        return torch.log(self._density(self._centred(phi)))
+
+    def uniform(self, phi: Tensor) -> Tensor:
+        """Return ``u``, uniform on the lifted circle (not wrapped)."""
+        b = self._centred(phi)
+        turns = torch.floor(b.detach() / TWO_PI) * TWO_PI
+        b = b - turns
+        cell = (b.detach() * (self.n_grid / TWO_PI)).long().clamp(0, self.n_grid - 1)
+        start = self._grid[cell]
+        g = self._at_grid(cell) + self._local(start, b - start) + turns
+        return g / self.multiplicity + self.gauge
 
     def inverse(self, u: Tensor) -> Tensor:
-        """Return ``a`` with ``G(a) + c = u``, differentiable twice in ``u`` and the parameters."""
-        target = u - self.gauge
+        """Return ``φ`` of ``u``, differentiable twice in ``u`` and the parameters."""
+        target = (u - self.gauge) * self.multiplicity
         with torch.no_grad():
-            a = self._solve(target)
+            turns, cell, step = self._solve(target)
+        start = self._grid[cell]
+        target = target - turns - self._at_grid(cell)
         for _ in range(2):  # one Newton step is right to first derivatives, two to second ones
-            a = a + (target - self._primitive(a)) * torch.exp(-self.log_density(a))
-        return a
+            error = target - self._local(start, step)
+            step = step + error / self._density(start + step)
+        return (turns + start + step) / self.multiplicity + self.direction
 
-    def _solve(self, target: Tensor) -> Tensor:
-        waves = self._grid[:, None] * self._series
-        table = self._grid + self._a @ torch.sin(waves).T - self._b @ torch.cos(waves).T
-        turns = torch.floor((target - table[..., 0]) / TWO_PI)
-        reduced = target - turns * TWO_PI  # now table[0] <= reduced < table[0] + 2π
-        cell = ((table <= reduced[..., None]).sum(-1) - 1).clamp(0, self.n_grid - 1)
-        width = TWO_PI / self.n_grid
-        low = cell.to(target.dtype) * width
-        high = low + width
-        a = low + 0.5 * width
-        for _ in range(12):  # Newton, kept inside a shrinking bracket
-            error = self._primitive(a) - reduced
-            low = torch.where(error < 0, a, low)
-            high = torch.where(error < 0, high, a)
-            a = a - error * torch.exp(-self.log_density(a))
-            a = torch.where((a < low) | (a > high), 0.5 * (low + high), a)
-        return a + turns * TWO_PI
+    def _solve(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whole turns (rad), grid cell and step into it where ``G = target``."""
+        table = self._grid + (self._grid_values @ self._primitive.T) * self._factor[..., None]
+        turns = torch.floor((target - table[..., 0]) / TWO_PI) * TWO_PI
+        reduced = target - turns  # now table[0] <= reduced < table[0] + 2π
+        table = table.expand(*reduced.shape, -1).contiguous()
+        cell = torch.searchsorted(table, reduced[..., None], right=True).squeeze(-1) - 1
+        cell = cell.clamp(0, self.n_grid - 1)
+        start = self._grid[cell]
+        missing = reduced - table.gather(-1, cell[..., None]).squeeze(-1)
+        low, high = torch.zeros_like(missing), torch.full_like(missing, TWO_PI / self.n_grid)
+        step = (high * missing / self._local(start, high)).clamp(low, high)
+        for _ in range(self.n_newton):  # Newton, kept inside a shrinking bracket
+            error = self._local(start, step) - missing
+            low, high = torch.where(error < 0, step, low), torch.where(error < 0, high, step)
+            step = step - error / self._density(start + step)
+            step = torch.where((step < low) | (step > high), 0.5 * (low + high), step)
+        return turns, cell, step
+
+
+def uniform_angle(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the polar angle ``θ`` of a uniform direction from standard normal ``z``.
+
+    ``cos θ = 2 Φ(z) - 1``, so that ``tan² θ/2 = Φ(-z) / Φ(z)``, which is stable in both tails.
+
+    Returns
+    -------
+    theta, log_p
+        θ in (0, π), and its log-density ``ln (sin θ / 2)``; shape of ``z``.
+    """
+    # Beyond 12 (probability 1e-33) erfcx, in the derivative of log_ndtr, overflows in float32.
+    z = z.clamp(-12.0, 12.0)
+    upper, lower = torch.special.log_ndtr(-z), torch.special.log_ndtr(z)
+    return 2.0 * torch.atan(torch.exp(0.5 * (upper - lower))), 0.5 * (upper + lower)
+
+
+def uniform_angle_noise(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``z`` of ``θ``, and ``ln (sin θ / 2)``; inverse of :func:`uniform_angle`."""
+    eps = 4.0 * torch.finfo(theta.dtype).eps
+    theta = theta.clamp(eps, math.pi - eps)
+    obtuse = theta > 0.5 * math.pi
+    half = torch.where(obtuse, math.pi - theta, theta)
+    z = torch.special.ndtri(torch.sin(0.5 * half).square())  # of the smaller probability
+    return torch.where(obtuse, z, -z), torch.log(0.5 * torch.sin(half))
+
+
+@dataclass(frozen=True)
+class Base:
+    """Distribution of the noise of one frame: standard normal or uniform, and a wide component.
+
+    The defensive mixture of theory.md E8: with probability ``weight`` the normal noise of a frame
+    is drawn ``sigma`` times as wide, but for that of free directions, which stay uniform. Circular
+    noise is uniform on [-π, π) in both components.
+
+    Attributes
+    ----------
+    weight
+        Weight a of the wide component, 0 <= a < 1; 0 by default.
+    sigma
+        Its standard deviation, at least 1.
+
+    Raises
+    ------
+    ValueError
+        If weight or sigma is out of range.
+    """
+
+    weight: float = 0.0
+    sigma: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.weight < 1.0 and 1.0 <= self.sigma < math.inf):
+            raise ValueError(
+                f"the wide component needs 0 <= weight < 1 and sigma >= 1, got weight "
+                f"{self.weight:g} and sigma {self.sigma:g}: weight 0.05 and sigma 1.5 are usual"
+            )
+
+    def log_ratio(self, noise: Tensor, widened: Tensor) -> Tensor:
+        """Return the log-density of ``noise`` less that of the narrow component alone.
+
+        Parameters
+        ----------
+        noise
+            Shape (..., n_slots, 3).
+        widened
+            Which normal noise the wide component widens, boolean, shape (n_slots, 3).
+
+        Returns
+        -------
+        Tensor
+            Shape (...): one number for each frame.
+        """
+        if self.weight == 0.0:
+            return noise.new_zeros(noise.shape[:-2])
+        each = 0.5 * (1.0 - self.sigma**-2) * noise.square() - math.log(self.sigma)
+        wide = (each * widened).sum((-1, -2)) + math.log(self.weight)
+        return torch.logaddexp(wide, torch.full_like(wide, math.log1p(-self.weight)))
+
+    def sample(
+        self,
+        rng: np.random.Generator,
+        shape: tuple[int, ...],
+        normal: np.ndarray,
+        circular: np.ndarray,
+        widened: np.ndarray,
+    ) -> Tensor:
+        """Draw noise (*shape, n_slots, 3), float64: the same for the same generator everywhere.
+
+        ``normal``, ``circular`` and ``widened``, a part of normal, are boolean, (n_slots, 3); noise
+        that is neither normal nor circular is zero.
+        """
+        noise = rng.standard_normal((*shape, *normal.shape))
+        noise[..., circular] = rng.uniform(-np.pi, np.pi, (*shape, int(circular.sum())))
+        noise[..., ~(normal | circular)] = 0.0
+        if self.weight > 0.0:
+            widen = np.where(rng.random(shape) < self.weight, self.sigma, 1.0)
+            noise = np.where(widened, noise * widen[..., None, None], noise)
+        return torch.from_numpy(noise)

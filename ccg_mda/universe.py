@@ -12,10 +12,12 @@ import MDAnalysis as mda
 import numpy as np
 from ase.data import atomic_masses, atomic_numbers
 from MDAnalysis.guesser.default_guesser import DefaultGuesser
+from MDAnalysis.guesser.tables import vdwradii
 from MDAnalysis.topology.base import change_squash
 
 from ccg_ase.mapping import CGMap
 from ccg_ase.topology import Topology
+from ccg_ase.torsion_map import TorsionMap
 from ccg_mda.readers import AtomReader
 
 # A methyl of NME is also called C in some force fields; it isn't part of the backbone.
@@ -72,10 +74,9 @@ def cg_map(
         groups = [_select(atoms, selection) for selection in selections]
         for selection, group in zip(selections, groups, strict=True):
             if not group:
-                known = " ".join(sorted(set(topology.names))[:30])
                 raise ValueError(
                     f"the selection {selection!r} matches no atoms, hence no bead; names of atoms "
-                    f"here are {known}"
+                    f"here are {_some_names(topology)}"
                 )
     if not groups:
         raise ValueError(
@@ -84,6 +85,51 @@ def cg_map(
     if all(len(group) == 1 for group in groups):
         return CGMap.from_slices(topology, [group[0] for group in groups], names)
     return CGMap.from_groups(topology, groups, names, weighting)
+
+
+def torsion_map(
+    universe: mda.Universe | mda.AtomGroup, torsions: Mapping[str, Sequence[str]]
+) -> TorsionMap:
+    """Make a TorsionMap, whose coarse variables are torsions, from MDAnalysis selections.
+
+    Parameters
+    ----------
+    universe
+        One molecule; the map counts the atoms of an AtomGroup from 0.
+    torsions
+        ``{name: four selections}``, each of one atom, bonded in this order.
+
+    Raises
+    ------
+    ValueError
+        If there aren't four selections, or one of them isn't a single atom.
+
+    Example
+    -------
+    ::
+
+        torsion_map(u, {"phi": ["resid 1 and name C", "resid 2 and name N", "resid 2 and name CA",
+                                "resid 2 and name C"]})
+    """
+    atoms = universe.atoms
+    topology = topology_from(atoms)
+    rows = []
+    for name, selections in torsions.items():
+        if len(selections) != 4:
+            raise ValueError(f"torsion {name!r} needs four selections, got {len(selections)}")
+        groups = [_select(atoms, selection) for selection in selections]
+        for selection, group in zip(selections, groups, strict=True):
+            if len(group) != 1:
+                raise ValueError(
+                    f"torsion {name!r}: the selection {selection!r} matches {len(group)} atoms, "
+                    f"not one; names of atoms here are {_some_names(topology)}"
+                )
+        rows.append([group[0] for group in groups])
+    return TorsionMap(topology, np.array(rows, int).reshape(-1, 4), tuple(torsions))
+
+
+def _some_names(topology: Topology) -> str:
+    return " ".join(sorted(set(topology.names))[:30])
 
 
 def _groups(atoms: mda.AtomGroup, topology: Topology, beads: str) -> list[list[int]]:
@@ -115,8 +161,9 @@ def topology_from(universe: mda.Universe | mda.AtomGroup) -> Topology:
     """Read the Topology of a Universe or AtomGroup.
 
     Elements and masses that are missing come from the atom names; missing bonds are guessed from
-    distances in the current frame, with a warning. The Universe isn't changed. Types are
-    ``"{resname}:{name}"``, since atoms of one type share network parameters.
+    distances in the current frame, across the borders of its box, with a warning. The Universe
+    isn't changed. Types are ``"{resname}:{name}"``, since atoms of one type share network
+    parameters.
 
     Parameters
     ----------
@@ -138,7 +185,7 @@ def topology_from(universe: mda.Universe | mda.AtomGroup) -> Topology:
         resnames=tuple(atoms.resnames) if hasattr(atoms, "resnames") else None,
         resids=atoms.resids if hasattr(atoms, "resids") else None,
         segids=tuple(atoms.segids) if hasattr(atoms, "segids") else None,
-        bonds=_bonds(atoms),
+        bonds=_bonds(atoms, elements),
         charges=getattr(atoms, "charges", None),
     )
 
@@ -150,7 +197,7 @@ def _elements(atoms: mda.AtomGroup, names: np.ndarray) -> np.ndarray:
     return np.array([s.capitalize() if s else "X" for s in symbols], dtype=object)
 
 
-def _bonds(atoms: mda.AtomGroup) -> np.ndarray:
+def _bonds(atoms: mda.AtomGroup, elements: np.ndarray) -> np.ndarray:
     if hasattr(atoms, "bonds"):
         pairs = atoms.bonds.atomgroup_intersection(atoms, strict=True).indices
     elif len(atoms) == 1:
@@ -162,12 +209,29 @@ def _bonds(atoms: mda.AtomGroup) -> np.ndarray:
             "universe.atoms.guess_bonds() and check them",
             stacklevel=4,
         )
-        pairs = np.array(
-            DefaultGuesser(atoms.universe).guess_bonds(atoms, atoms.positions), dtype=int
-        )
+        pairs = np.array(_guessed_bonds(atoms, elements), dtype=int)
     pairs = pairs.reshape(-1, 2)
     order = np.argsort(atoms.ix)
     return order[np.searchsorted(atoms.ix, pairs, sorter=order)]
+
+
+def _guessed_bonds(atoms: mda.AtomGroup, elements: np.ndarray) -> Sequence[tuple[int, int]]:
+    """Guess bonds between the nearest images of atoms, by the radii of their elements."""
+    known = {symbol.upper(): radius for symbol, radius in vdwradii.items()}
+    types = atoms.types if hasattr(atoms, "types") else elements
+    radii = {
+        str(kind).upper(): known[element.upper()]
+        for kind, element in zip(types, elements, strict=True)
+        if element.upper() in known
+    }
+    guesser = DefaultGuesser(atoms.universe, box=atoms.dimensions, vdwradii=radii)
+    try:
+        return guesser.guess_bonds(atoms, atoms.positions)
+    except ValueError as error:
+        raise ValueError(
+            f"the Universe has no bonds and they can't be guessed ({error}): load a topology with "
+            "bonds or elements"
+        ) from error
 
 
 def universe_from(topology: Topology, trajectory: Any = None, **reader: Any) -> mda.Universe:
@@ -218,9 +282,25 @@ def coarse_grain(universe: mda.Universe | mda.AtomGroup, cg_map: CGMap) -> mda.U
         A bead Universe with names, types, masses and bonds; positions, velocities and, for slice
         maps, the forces on the bead atoms.
     """
-    u = universe_from(cg_map.beads)
+    u = universe_from(require_beads(cg_map).beads)
     u.trajectory = AtomReader(universe, cg_map=cg_map)
     return u
+
+
+def require_beads(cg_map: CGMap | TorsionMap) -> CGMap:
+    """Return a map to beads as it is; refuse one to torsions, which no Universe can hold.
+
+    Raises
+    ------
+    ValueError
+        If the coarse variables are torsions.
+    """
+    if isinstance(cg_map, TorsionMap):
+        raise ValueError(
+            f"the coarse variables of this model are the torsions {', '.join(cg_map.names)}, not "
+            "beads, so there is no bead trajectory: call the Backmapper with angles in radians"
+        )
+    return cg_map
 
 
 def bead_universe(
@@ -247,7 +327,7 @@ def bead_universe(
         from ccg_ase.checkpoint import load_model
 
         model = load_model(model)
-    the_map = model if isinstance(model, CGMap) else model.cg_map
+    the_map = require_beads(model if isinstance(model, CGMap | TorsionMap) else model.cg_map)
     trajectory = beads
     if isinstance(beads, str | PathLike):
         if not Path(beads).is_file():

@@ -136,10 +136,12 @@ def test_toml_blocks_load(tmp_path):
     for name in ("run1.trr", "run2.h5md"):
         (tmp_path / name).touch()
     topology = str(EXAMPLE / "alanine_dipeptide.pdb")
-    mapping, reference = map(tomllib.loads, blocks("toml"))
+    mapping, torsions, reference = map(tomllib.loads, blocks("toml"))
     config = Config.build({"system": {"topology": topology}} | mapping | reference, tmp_path)
     assert mapping_of(config).n_beads == 3
     assert len(config.reference.files) == 2
+    by_torsions = Config.build({"system": {"topology": topology}} | torsions, tmp_path)
+    assert mapping_of(by_torsions).names == ("phi",)
 
 
 def test_keys_and_presets_that_it_names_exist():

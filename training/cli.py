@@ -8,11 +8,11 @@ from __future__ import annotations
 import linecache
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import typer
@@ -22,9 +22,6 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"ccg needs {error.name}: pip install 'ccg[train]'") from None
 
-if TYPE_CHECKING:
-    from ccg_ase.topology import Topology
-
 app = typer.Typer(
     help="Cycle Coarse Graining: train bead force fields and exact-density backmapping.",
     no_args_is_help=True,
@@ -32,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
+TABLE_WIDTH = 120
 INTERRUPTED = 130  # shells' code for a program that SIGINT ended
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file of the run.")]
@@ -132,7 +130,11 @@ def _on_purpose(error: Exception) -> bool:
 
 
 def _print(*things: object) -> None:
-    Console(highlight=False).print(*things, soft_wrap=True)
+    console = Console(highlight=False)
+    if isinstance(things[0], Table):  # rather a line that the terminal wraps than a cell cut off
+        wanted = console.measure(things[0], options=console.options.update(width=TABLE_WIDTH))
+        console.width = max(console.width, wanted.maximum)
+    console.print(*things, soft_wrap=True)
 
 
 @app.command()
@@ -202,7 +204,8 @@ def train(
             run_cycle(loaded, progress)
         if not quiet:
             _print(f"model: {directory / 'model.ccg'}")
-            _print(f"report: {directory / 'report.html'}")
+            if (directory / "report.html").is_file():
+                _print(f"report: {directory / 'report.html'}")
 
 
 @app.command()
@@ -218,56 +221,33 @@ def report(
 
 @app.command()
 def info(
-    model: ModelPath,
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Model file (*.ccg), or TOML file before training."),
+    ],
     placement: Annotated[
         bool, typer.Option("--placement", help="Show how every atom is placed.")
     ] = False,
 ) -> None:
     """Show what a model file holds: mapping, temperature, prior, provenance, metrics."""
     with _plain_errors():
-        from ccg_ase.checkpoint import load_model
+        from .describe import describe
 
-        loaded = load_model(model)
-        cg_map = loaded.cg_map
-        _print(f"[bold]{model.name}[/]: format {loaded.version}, {loaded.temperature_K:g} K")
-        _print(f"parts: {', '.join(sorted(loaded.configs)) or 'none'}")
-        _print(f"map {cg_map.fingerprint()}: {cg_map.n_atoms} atoms, {cg_map.n_beads} beads")
-        beads = [
-            {
-                "bead": f"{index} {name}",
-                "mass (Da)": f"{cg_map.beads.masses[index]:.3f}",
-                "made of": _labels(cg_map.atoms, cg_map.atom_index[cg_map.bead_index == index]),
-                "owns": _labels(cg_map.atoms, (cg_map.owner == index).nonzero()[0]),
-            }
-            for index, name in enumerate(cg_map.beads.names)
-        ]
-        _print(_table("mapping", beads))
-        if "force_field" in loaded.configs:
-            from ccg_ase.forcefield import ForceField
-
-            _print(_table("prior", ForceField.from_model(loaded).prior.table()))
-        if placement:
-            from ccg_mda.flow import Backmapper
-
-            rows = Backmapper.from_model(loaded).placement.table(cg_map)
-            _print(_table("placement", rows))
-        for title, values in (("provenance", loaded.provenance), ("metrics", loaded.metrics)):
-            if values:
-                _print(_table(title, [{"key": k, "value": v} for k, v in values.items()]))
-
-
-def _labels(topology: Topology, atoms: Iterable[int]) -> str:
-    return " ".join(
-        f"{topology.resnames[i]}{topology.resids[i]}:{topology.names[i]}" for i in atoms
-    )
+        lines, tables = describe(model, placement=placement)
+        for line in lines:
+            _print(escape(line))
+        for title, rows in tables:
+            _print(_table(title, rows))
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Lay out rows; a column that is empty in all of them is left out."""
     table = Table(title=title, title_justify="left", box=None, header_style="dim")
-    for column in rows[0] if rows else ():
-        table.add_column(column)
+    columns = [name for name in (rows[0] if rows else ()) if any(row[name] != "" for row in rows)]
+    for name in columns:
+        table.add_column(name)
     for row in rows:
-        table.add_row(*(escape(_cell(value)) for value in row.values()))
+        table.add_row(*(escape(_cell(row[name])) for name in columns))
     return table
 
 

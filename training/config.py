@@ -105,19 +105,28 @@ class Potential(Section):
 
 
 class Mapping(Section):
-    """Which atoms make which bead: a preset, or an ordered table of selections."""
+    """The coarse variables: beads by a preset or a table of selections, or torsions."""
 
     preset: Literal["ca", "backbone", "heavy", "residue-com", "molecule-com"] | None = Field(
         None, description="ca | backbone | heavy | residue-com | molecule-com"
     )
+    weighting: Literal["mass", "geometry"] = Field(
+        "mass", description="mass | geometry: centre that a bead of several atoms is at"
+    )
     beads: dict[str, str] | None = Field(
         None, description="bead name -> MDAnalysis selection, in the order of the beads"
+    )
+    torsions: dict[str, Annotated[list[str], Field(min_length=4, max_length=4)]] | None = Field(
+        None, description="torsion name -> four selections of one atom each, bonded in a row"
     )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Mapping:
-        if (self.preset is None) == (not self.beads):
-            raise _fault("give exactly one of 'preset' and 'beads' (bead name -> selection)")
+        if sum(map(bool, (self.preset, self.beads, self.torsions))) != 1:
+            raise _fault(
+                "give exactly one of 'preset', 'beads' (bead name -> selection) and 'torsions' "
+                "(torsion name -> four selections)"
+            )
         return self
 
 
@@ -155,10 +164,25 @@ class Flow(Section):
     """The backmapper: a normalising flow from beads to atoms."""
 
     width: PositiveInt = Field(64, description="hidden width of the conditioner")
+    n_layers: PositiveInt = Field(3, description="its depth")
     hops: PositiveInt = Field(3, description="bonds over which an atom sees earlier atoms")
+    bead_hops: PositiveInt = Field(10, description="bonds over which an atom sees beads")
+    channels: PositiveInt = Field(4, description="features per irrep of the bead encoder")
+    defensive: float = Field(
+        0.0, ge=0, lt=1, description="weight of a wider component in the density"
+    )
     likelihood_epochs: NonNegativeInt = Field(8, description="passes over the data by likelihood")
-    force_steps: PositiveInt = Field(500, description="steps that match forces as well")
+    coordinate_steps: NonNegativeInt = Field(
+        1000, description="then steps that match forces along internal coordinates, cheaply"
+    )
+    force_steps: NonNegativeInt = Field(500, description="then steps of the loss below")
+    loss: Literal["forces+energy", "forces", "noise_force", "label", "energy", "likelihood"] = (
+        Field("forces+energy", description="what the flow is fitted to last, and in every turn")
+    )
     refit_steps: PositiveInt = Field(200, description="such steps in every turn of the loop")
+    patience: PositiveInt = Field(
+        5, description="twentieths of a fit without gain on held-out frames that end it"
+    )
     batch_size: PositiveInt = Field(256, description="frames per step")
     learning_rate: PositiveFloat = Field(2e-3, description="peak of the schedule")
 

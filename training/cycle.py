@@ -11,6 +11,9 @@ Every stage reads what earlier ones left in the run directory and leaves its own
     final_k/                          the same once more with the last models: what is reported
     model.ccg, report_data.npz, report.html, metrics.jsonl, state.json
 
+Where torsions are the coarse variables there is no bead force field to iterate with: the flow is
+fitted to likelihood and forces, F(s) and mean forces are labelled in iteration_0, and that is all.
+
 Resuming skips the stages whose record is in ``state.json`` and repeats the one that was cut off.
 """
 
@@ -22,13 +25,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ccg_ase.forcefield import ForceField
 from ccg_mda.flow import Backmapper
 
 from . import evaluation, exploring, learning
 from .config import Config
-from .data_check import check, refuse_faults
+from .data_check import check
+from .findings import refuse_faults
 from .progress import Progress, Stage
 from .reference import ReferenceData, reference_data, trajectory_of
 from .report import write_report
@@ -68,6 +73,18 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
     run("reference data", _get_reference)
     run("data check", _check_data, progress=progress)
     run("flow: likelihood", learning.fit_likelihood)
+    if workspace.by_torsions:
+        run("flow: forces", learning.fit_forces_by_torsions)
+        run("free energies", exploring.label_torsions)
+        run("labels on frames", learning.label_frames, k=0)
+        run("model", _write_model, records=stages.records)
+        folder = workspace.iteration(0)
+        progress.message(
+            "torsions as coarse variables have no bead force field, so the cycle ends with the "
+            f"backmapper: F(s) is in {folder / 'thermodynamics.npz'}, mean forces in "
+            f"{folder / 'labels.npz'}; no report is drawn"
+        )
+        return
     run("labels on frames", learning.label_frames, k=0)
     run("force field", learning.refit_force_field, k=0)
     run("flow: forces", learning.fit_forces, k=0)
@@ -114,10 +131,10 @@ def _check_data(workspace: Workspace, stage: Stage, progress: Progress) -> Metri
     return {"findings": {f.title: f"{f.level}: {f.detail}" for f in findings}}
 
 
-def _write_report(workspace: Workspace, stage: Stage, records: list[Metrics]) -> Metrics:
-    """Write the final model with its figures, and the report."""
+def _write_model(workspace: Workspace, stage: Stage, records: list[Metrics]) -> Metrics:
+    """Write the final model with its figures."""
     del stage
-    last, model = workspace.config.cycle.iterations, workspace.last_model
+    last = 0 if workspace.by_torsions else workspace.config.cycle.iterations
     figures = {
         f"{record['stage']}: {name}": record[name]
         for record in records
@@ -125,11 +142,17 @@ def _write_report(workspace: Workspace, stage: Stage, records: list[Metrics]) ->
         for name in record
         if name.startswith(("ess", "label_variance", "variance_ratio", "lnZ_gap", "nll"))
     }
-    parts = {
-        "backmapper": Backmapper.from_model(model),
-        "force_field": ForceField.from_model(model),
-    }
+    model = workspace.model(last)
+    parts: dict[str, nn.Module] = {"backmapper": Backmapper.from_model(model)}
+    if not workspace.by_torsions:
+        parts["force_field"] = ForceField.from_model(model)
     workspace.save(workspace.directory / "model.ccg", parts, figures)
+    return {}
+
+
+def _write_report(workspace: Workspace, stage: Stage, records: list[Metrics]) -> Metrics:
+    """Write the final model with its figures, and the report."""
+    _write_model(workspace, stage, records)
     evaluation.report_data(workspace, records).save(workspace.directory / "report_data.npz")
     write_report(workspace.directory)
     return {}

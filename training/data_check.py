@@ -6,24 +6,24 @@ wrong temperature, constraints or forces of other frames all break it, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ase import units
 
 from ccg_ase.mapping import CGMap
+from ccg_ase.torsion_map import TorsionMap
 
+from .constraint_check import check_constraints
 from .equipartition import equipartition_ratio
+from .findings import Finding, faulty
+from .mapping_check import check_mapping
 from .metrics import independent_samples
-from .reference import ReferenceData, ReferenceDataError
+from .reference import ReferenceData
 
 if TYPE_CHECKING:
     from ccg_mda.potential import Potential
-
-Level = Literal["ok", "warning", "error"]
 
 _KJ, _KCAL = units.mol / units.kJ, units.mol / units.kcal
 # What forces look like, relative to eV/Å, when they are written in another unit.
@@ -36,22 +36,11 @@ FORCE_UNITS = {
     "Hartree/bohr": units.Bohr / units.Hartree,
     "eV/Å, divided by 96.485 once too often": 1 / _KJ,
 }
-MAX_NAMED = 8
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One result of the check: what was seen, why that matters, what to do."""
-
-    level: Level
-    title: str
-    detail: str
-    cure: str = ""
 
 
 def check(
     data: ReferenceData,
-    cg_map: CGMap,
+    cg_map: CGMap | TorsionMap,
     temperature_K: float,
     potential: Potential | None = None,
 ) -> list[Finding]:
@@ -84,6 +73,8 @@ def check(
         ]
     # Each check presumes that the ones before found nothing: one fault, one error.
     findings = list(_geometry(data, cg_map))
+    rigid = [] if faulty(findings) else list(check_constraints(_few(data), cg_map))
+    findings += rigid
     if data.forces is None:
         findings.append(
             Finding(
@@ -94,68 +85,22 @@ def check(
                 'write TRR or H5MD with forces, give forces_file, or use source = "generate"',
             )
         )
-    if potential is not None and not _faulty(findings):
+    if potential is not None and not faulty(findings):
         findings.append(_potential(data, potential))
-    if data.forces is not None and not _faulty(findings):
+    if data.forces is not None and not rigid and not faulty(findings):
         findings.append(_virial(data, cg_map, temperature_K))
     return [*check_mapping(cg_map), *findings, _sampling(data, cg_map)]
 
 
-def _faulty(findings: list[Finding]) -> bool:
-    return any(finding.level == "error" for finding in findings)
+def _few(data: ReferenceData) -> np.ndarray:
+    return data.positions[:: max(1, len(data) // 2000)]
 
 
-def refuse_faults(findings: Iterable[Finding]) -> None:
-    """Raise a ReferenceDataError with all errors among the findings, if there are any."""
-    errors = [f"{f.title}: {f.detail}; {f.cure}" for f in findings if f.level == "error"]
-    if errors:
-        raise ReferenceDataError("\n".join(errors))
-
-
-def check_mapping(cg_map: CGMap) -> Iterator[Finding]:
-    """Check that training can use a map; needs no data."""
-    if cg_map.kind != "slice":
-        yield Finding(
-            "error",
-            "kind of mapping",
-            f"this is a '{cg_map.kind}' map; training supports slice maps, where a bead is an atom",
-            "select one atom per bead, for example one 'name CA' per residue",
-        )
-        return
-    molecules = cg_map.atoms.molecules.max() + 1
-    if molecules > 1:
-        detail = f"the bonds connect the atoms to {molecules} molecules; training supports one"
-        (lost,) = np.nonzero(cg_map.owner < 0)
-        if len(lost):
-            labels = (f"{cg_map.atoms.resnames[i]}:{cg_map.atoms.names[i]}" for i in lost)
-            names = ", ".join(islice(labels, MAX_NAMED)) + " ..." * (len(lost) > MAX_NAMED)
-            detail += f". Connected to no bead: {len(lost)} atoms, {names}"
-        yield Finding(
-            "error",
-            "number of molecules",
-            detail,
-            "keep one molecule in the topology (no water, no ions), or add missing bonds",
-        )
-    elif cg_map.n_beads < 3:
-        yield Finding(
-            "error",
-            "number of beads",
-            f"the map has {cg_map.n_beads} bead(s); placing atoms needs three to fix a frame",
-            "add beads to the mapping",
-        )
-    else:
-        yield Finding(
-            "ok",
-            "mapping",
-            f"{cg_map.n_atoms} atoms, {cg_map.n_beads} beads: {', '.join(cg_map.beads.names[:20])}",
-        )
-
-
-def _geometry(data: ReferenceData, cg_map: CGMap) -> Iterator[Finding]:
+def _geometry(data: ReferenceData, cg_map: CGMap | TorsionMap) -> Iterator[Finding]:
     bonds = cg_map.atoms.bonds
     if not len(bonds):
         return
-    few = data.positions[:: max(1, len(data) // 2000)]
+    few = _few(data)
     lengths = np.linalg.norm(few[:, bonds[:, 0]] - few[:, bonds[:, 1]], axis=-1)
     typical = float(np.median(lengths))
     for unit, factor in (("nm", 10.0), ("pm", 0.01), ("bohr", units.Bohr)):
@@ -177,17 +122,6 @@ def _geometry(data: ReferenceData, cg_map: CGMap) -> Iterator[Finding]:
             "periodic box, or the bonds belong to another molecule",
             "make the molecule whole (gmx trjconv -pbc mol, or MDAnalysis unwrap)",
         )
-    rigid = bonds[lengths.std(axis=0) < 1e-4]
-    if len(rigid) and len(few) > 1:
-        names = ["-".join(cg_map.atoms.names[k] for k in bond) for bond in rigid[:MAX_NAMED]]
-        yield Finding(
-            "error",
-            "rigid bonds",
-            f"{len(rigid)} of {len(bonds)} bonds never change (sd < 1e-4 Å): {', '.join(names)}"
-            f"{' ...' if len(rigid) > MAX_NAMED else ''}. Data with constraints follow another "
-            "distribution than the flexible potential, and hold no constraint forces",
-            "simulate without constraints, at a time step of 1 fs or less",
-        )
 
 
 def _nearest_unit(ratio: float) -> tuple[str, float]:
@@ -195,7 +129,7 @@ def _nearest_unit(ratio: float) -> tuple[str, float]:
     return min(FORCE_UNITS.items(), key=lambda item: abs(np.log(ratio / item[1])))
 
 
-def _virial(data: ReferenceData, cg_map: CGMap, temperature_K: float) -> Finding:
+def _virial(data: ReferenceData, cg_map: CGMap | TorsionMap, temperature_K: float) -> Finding:
     ratio, error = equipartition_ratio(data.positions, data.forces, cg_map.atoms, temperature_K)
     tolerance = max(4 * error, 0.02)
     seen = f"-<v.f> / kT<div v> = {ratio:.4g} ± {error:.1g}, expected 1"
@@ -287,8 +221,8 @@ def _potential(data: ReferenceData, potential: Potential) -> Finding:
     return Finding("ok", "potential", f"reproduces {len(picked)} frames: {', '.join(parts)}")
 
 
-def _sampling(data: ReferenceData, cg_map: CGMap) -> Finding:
-    """Say how many independent values the slowest bead distance has."""
+def _sampling(data: ReferenceData, cg_map: CGMap | TorsionMap) -> Finding:
+    """Say how many independent values the slowest coarse variable has."""
     if len(data) < 1000:
         return Finding(
             "warning",
@@ -296,26 +230,37 @@ def _sampling(data: ReferenceData, cg_map: CGMap) -> Finding:
             f"{len(data)} frames; below some thousand the backmapper learns them by heart",
             "store more frames, or simulate longer",
         )
-    beads = cg_map.apply(data.positions)
-    i, j = np.triu_indices(cg_map.n_beads, 2)
-    if not len(i):
-        i, j = np.triu_indices(cg_map.n_beads, 1)
-    pick = np.unique(np.linspace(0, len(i) - 1, 12).astype(int)) if len(i) else []
     independent, slowest = float(len(data)), ""
-    for a, b in zip(i[pick], j[pick], strict=True):
-        distance = np.linalg.norm(beads[:, a] - beads[:, b], axis=-1)
+    for name, values in _slow_variables(data, cg_map):
         count = sum(
-            independent_samples(distance[data.walker == walker])
-            for walker in np.unique(data.walker)
+            independent_samples(values[data.walker == walker]) for walker in np.unique(data.walker)
         )
         if count < independent:
-            independent = count
-            slowest = f" ({cg_map.beads.names[a]}-{cg_map.beads.names[b]})"
+            independent, slowest = count, f" ({name})"
     detail = (
-        f"{len(data)} frames of {len(np.unique(data.walker))} walkers; the slowest bead "
-        f"distance{slowest} has about {independent:.0f} independent values"
+        f"{len(data)} frames of {len(np.unique(data.walker))} walkers; the slowest coarse "
+        f"variable{slowest} has about {independent:.0f} independent values"
     )
     if independent < 100:
         cure = "simulate longer or with more walkers; frames stored more often don't help"
         return Finding("warning", "slow sampling", detail, cure)
     return Finding("ok", "sampling", detail)
+
+
+def _slow_variables(
+    data: ReferenceData, cg_map: CGMap | TorsionMap
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name distances between some beads, or cosines and sines of the torsions; (n_frames,) each."""
+    coarse = cg_map.apply(data.positions)
+    if isinstance(cg_map, TorsionMap):
+        for name, angle in zip(cg_map.names, coarse.T, strict=True):
+            yield f"cos {name}", np.cos(angle)
+            yield f"sin {name}", np.sin(angle)
+        return
+    i, j = np.triu_indices(cg_map.n_beads, 2)
+    if not len(i):
+        i, j = np.triu_indices(cg_map.n_beads, 1)
+    pick = np.unique(np.linspace(0, len(i) - 1, 12).astype(int)) if len(i) else []
+    for a, b in zip(i[pick], j[pick], strict=True):
+        distance = np.linalg.norm(coarse[:, a] - coarse[:, b], axis=-1)
+        yield f"{cg_map.beads.names[a]}-{cg_map.beads.names[b]}", distance

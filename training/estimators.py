@@ -20,35 +20,16 @@ import numpy as np
 from ase import units
 
 from ccg_ase.units import thermal_energy
+from ccg_mda.bounds import Estimate, log_partition, n_samples, normalised_weights
 from ccg_mda.weights import effective_sample_size, log_mean_exp, weighted_average
 
 KJ_PER_MOL_PER_EV = units.mol / units.kJ
 
 
-class Estimate(NamedTuple):
-    """A value and its standard error, arrays of one shape."""
-
-    value: np.ndarray
-    error: np.ndarray
-
-
-def normalised_weights(log_weight: np.ndarray) -> np.ndarray:
-    """Weights w̄ that sum to one over the last axis; all zero where no sample has weight."""
-    top = log_weight.max(-1, keepdims=True)
-    weight = np.exp(log_weight - np.where(np.isfinite(top), top, 0.0))
-    return weight / np.maximum(weight.sum(-1, keepdims=True), np.finfo(float).tiny)
-
-
 def _error(influence: np.ndarray) -> np.ndarray:
     """Linearised standard error sqrt(K/(K-1) Σ_k ψ_k²) of influences (S, K, ...)."""
-    K = _n_samples(influence)
+    K = n_samples(influence)
     return np.sqrt(K / (K - 1) * (influence**2).sum(1))
-
-
-def _n_samples(array: np.ndarray) -> int:
-    if array.ndim < 2 or array.shape[1] < 2:
-        raise ValueError(f"an error bar needs arrays (S, K, ...) with K >= 2, got {array.shape}")
-    return array.shape[1]
 
 
 def _weighted(log_weight: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,30 +41,6 @@ def _weighted(log_weight: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, n
     values = np.where(weight > 0, values, 0.0)
     mean = np.where(weight.any(1), (weight * values).sum(1), np.nan)
     return mean, weight * (values - mean[:, None])
-
-
-def log_partition(log_weight: np.ndarray) -> Estimate:
-    """Estimate ln Z(s) (E2): ln of the mean weight, plus its first-order bias (1/ESS - 1)/2K.
-
-    ψ_k = w̄_k - 1/K, that is a variance of (1/ESS - 1)/(K - 1), with ESS the effective sample size
-    as a fraction. Z itself is estimated without bias by ``exp(log_mean_exp(log_weight)[0])``.
-
-    Parameters
-    ----------
-    log_weight
-        l, (S, K).
-
-    Returns
-    -------
-    Estimate
-        (S,) each; -inf and infinity where no sample has weight.
-    """
-    _n_samples(log_weight)
-    value, variance = log_mean_exp(log_weight, axis=1)
-    empty = np.isneginf(value)
-    return Estimate(
-        np.where(empty, value, value + variance / 2), np.where(empty, np.inf, np.sqrt(variance))
-    )
 
 
 def free_energy(log_weight: np.ndarray, temperature_K: float) -> Estimate:
@@ -105,19 +62,20 @@ def mean_force(log_weight: np.ndarray, labels: np.ndarray) -> Estimate:
     log_weight
         l, (S, K).
     labels
-        (S, K, n_beads, 3), eV/Å: `Samples.labels` or `Samples.slice_labels`.
+        (S, K, n_beads, 3), eV/Å, or (S, K, n_torsions), eV/rad: `Samples.labels`, or the
+        `Samples.slice_labels` of a slice map.
 
     Returns
     -------
     Estimate
-        (S, n_beads, 3), eV/Å.
+        Shape and unit of a label per state.
     """
     value, influence = _weighted(log_weight, labels)
     return Estimate(value, _error(influence))
 
 
 def label_variance(log_weight: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Variance of a single label at fixed s per Cartesian component, (S,), (eV/Å)².
+    """Variance of a single label at fixed s per component, (S,), (eV/Å)² or (eV/rad)².
 
     Σ_k w̄_k (f_k - f)² / (1 - Σ_k w̄_k²), averaged over components; it reads too low where the
     effective sample size is a few percent.
@@ -125,7 +83,8 @@ def label_variance(log_weight: np.ndarray, labels: np.ndarray) -> np.ndarray:
     _, influence = _weighted(log_weight, labels)
     weight = normalised_weights(log_weight)
     with np.errstate(divide="ignore", invalid="ignore"):
-        squares = np.where(weight > 0, (influence**2).mean((-1, -2)) / weight, 0.0)
+        components = tuple(range(2, influence.ndim))
+        squares = np.where(weight > 0, (influence**2).mean(components) / weight, 0.0)
         return squares.sum(1) / (weight.sum(1) - (weight**2).sum(1))
 
 
@@ -179,58 +138,6 @@ def at_temperature(
     """Log-weights of the same samples at another temperature, l' = -U/kT' - ln q, (S, K)."""
     shift = 1 / thermal_energy(temperature_K) - 1 / thermal_energy(new_temperature_K)
     return log_weight + np.where(np.isfinite(energy), energy * shift, 0.0)
-
-
-class Sandwich(NamedTuple):
-    """Bounds of ln Z(s) and how far apart they are; all in nats."""
-
-    lower: Estimate
-    upper: Estimate
-    gap: Estimate
-    reverse_kl: Estimate
-    forward_kl: Estimate
-
-
-def sandwich(log_weight: np.ndarray, log_weight_frames: np.ndarray) -> Sandwich:
-    """Bound ln Z(s) from both sides (E1): E_q[l] <= ln Z(s) <= E_p(x|s)[l].
-
-    The gap is KL(q|p) + KL(p|q). Both parts are non-negative; a negative one, beyond its error,
-    means that data and flow don't describe the same distribution.
-
-    Parameters
-    ----------
-    log_weight
-        l of samples of q, (S, K).
-    log_weight_frames
-        l of atomistic frames at the same states, (S, M); M = 1 for the frames that the states
-        came from. With M = 1 the error of `upper` is unknown: NaN.
-
-    Returns
-    -------
-    Sandwich
-        `lower`, `upper`: (S,) each, error std/sqrt(K or M). `gap`, `reverse_kl` (ln Z - lower) and
-        `forward_kl` (upper - ln Z): means over the states, error std/sqrt(S) over states taken as
-        independent.
-    """
-    if log_weight_frames.ndim != 2 or len(log_weight_frames) != len(log_weight):
-        raise ValueError(
-            f"need frames of shape (S, M) at the S = {len(log_weight)} states of the samples, "
-            f"got {log_weight_frames.shape}"
-        )
-    lower, upper = _plain_mean(log_weight), _plain_mean(log_weight_frames)
-    log_z = log_partition(log_weight).value
-    with np.errstate(invalid="ignore"):  # -inf bounds, where samples have no weight
-        parts = (upper.value - lower.value, log_z - lower.value, upper.value - log_z)
-    means = (_plain_mean(part) for part in parts)
-    return Sandwich(lower, upper, *(Estimate(float(m.value), float(m.error)) for m in means))
-
-
-def _plain_mean(values: np.ndarray) -> Estimate:
-    """Mean over the last axis and its error std/sqrt(n), NaN for n = 1."""
-    n = values.shape[-1]
-    with np.errstate(invalid="ignore"):  # an infinite log-weight has a mean, but no spread
-        error = values.std(-1, ddof=1) / np.sqrt(n) if n > 1 else np.full(values.shape[:-1], np.nan)
-        return Estimate(values.mean(-1), error)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ from MDAnalysis.lib.formats.libdcd import DCDFile
 
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
+from ccg_ase.torsion_map import TorsionMap
+from ccg_mda.diagnostics import StructureProbe, WeightQuality
 from ccg_mda.flow import Backmapper
 from ccg_mda.potential import Potential
+from ccg_mda.structure import StructureReference
 from ccg_mda.weights import effective_sample_size, pareto_k
 
 from .estimators import (
     TwoLevelWeights,
     label_variance,
-    sandwich,
     to_kJ_per_mol,
     two_level_weights,
 )
@@ -68,17 +70,19 @@ def two_levels(samples: Samples, force_field: ForceField) -> TwoLevelWeights:
     return two_level_weights(samples.log_weight, energy, samples.temperature_K)
 
 
-def torsions(beads: np.ndarray, cg_map: CGMap) -> np.ndarray:
-    """Return the first two dihedrals of the bead chain (N, at most 2), in rad."""
+def torsions(beads: np.ndarray, cg_map: CGMap | TorsionMap) -> np.ndarray:
+    """Return the first two torsions of the states (N, at most 2), in rad."""
+    if isinstance(cg_map, TorsionMap):
+        return beads[:, :2]
     return dihedral_angles(beads, cg_map.beads.dihedrals()[:2])
 
 
-def rare_states(beads: np.ndarray, reference: np.ndarray, cg_map: CGMap) -> np.ndarray:
+def rare_states(beads: np.ndarray, reference: np.ndarray, cg_map: CGMap | TorsionMap) -> np.ndarray:
     """Tell which states lie in torsion bins that the reference visits rarely, (N,) bool.
 
     Rare is a bin more than 4 kT above the most populated one, on a grid of 24 bins an axis.
     """
-    if not len(cg_map.beads.dihedrals()):
+    if not torsions(beads[:1], cg_map).size:
         return np.zeros(len(beads), bool)
 
     def bins(states: np.ndarray) -> np.ndarray:
@@ -108,7 +112,7 @@ def held_out_check(
     flow, potential
         What is measured, and the atomistic energy.
     train, held_out
-        Reference frames; the former define what is rare.
+        Reference frames; the former define what is rare, and what a sound structure is.
     n_states, n_samples
         States, drawn evenly in time, as many rare ones at most a third of that, and samples each.
     seed, progress
@@ -117,8 +121,9 @@ def held_out_check(
     Returns
     -------
     arrays, figures
-        Per state: ``ess``, ``rare``, ``label_variance``, ``slice_variance`` ((eV/Å)²) and
-        ``pareto_k``; and their summary. The bounds of ln Z (E1) use the common states.
+        Per state: ``ess``, ``rare``, ``label_variance``, ``pareto_k`` and, of slice maps only,
+        ``slice_variance`` ((eV/Å)²); tables of the report; and their summary. Bounds of ln Z (E1)
+        and ``forward_ess`` use the common states, structures and torsions all of them.
     """
     cg_map = flow.cg_map
     beads = cg_map.apply(held_out.positions)
@@ -128,45 +133,56 @@ def held_out_check(
     thin = thin[np.linspace(0, len(thin) - 1, min(n_states // 3, len(thin))).astype(int)]
     chosen = np.concatenate([common, thin])
     rng = np.random.default_rng(seed)
+    reference = StructureReference.from_frames(cg_map.atoms, train.positions)
+    probe = StructureProbe(reference, len(chosen), n_samples)
     columns: dict[str, list[np.ndarray]] = {}
     for done, piece in enumerate(np.array_split(chosen, max(1, len(chosen) // 5)), 1):
         samples = reconstruct(flow, potential, beads[piece], n_samples, rng)
-        log_weight = samples.log_weight
+        probe.add(samples.positions, held_out.positions[piece])
         values = {
-            "ess": effective_sample_size(log_weight, axis=1),
-            "pareto_k": pareto_k(log_weight, axis=1),
-            "label_variance": label_variance(log_weight, samples.labels),
-            "slice_variance": label_variance(log_weight, samples.slice_labels),
-            "log_weight": log_weight,
+            "label_variance": label_variance(samples.log_weight, samples.labels),
+            "log_weight": samples.log_weight,
         }
+        if getattr(cg_map, "kind", None) == "slice":
+            values["slice_variance"] = label_variance(samples.log_weight, samples.slice_labels)
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
         progress(min(len(chosen), done * 5), len(chosen))
     arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    arrays["ess"] = effective_sample_size(arrays["log_weight"], axis=1)
+    arrays["pareto_k"] = pareto_k(arrays["log_weight"], axis=1)
     arrays["rare"] = np.concatenate([np.zeros(len(common), bool), np.ones(len(thin), bool)])
     arrays["frame"] = chosen
     frames = held_out[common]
     on_frames = pull_back_frames(flow, frames.positions, frames.energy, frames.forces)
-    bounds = sandwich(arrays["log_weight"][: len(common)], on_frames.log_weight)
+    quality = WeightQuality.from_log_weights(
+        arrays["log_weight"][: len(common)], on_frames.log_weight
+    )
+    structure, coverage = probe.finish(arrays["log_weight"], seed)
+    for name, part in (("weight", quality), ("structure", structure), ("coverage", coverage)):
+        arrays[f"{name}_table"] = np.array(part.rows(), dtype=str)
 
     figures: dict[str, Any] = {"calls": len(chosen) * n_samples, "states": len(common)}
     for where, name in ((~arrays["rare"], ""), (arrays["rare"], "_rare")):
         if where.any():
             ess = arrays["ess"][where]
-            label, force = arrays["label_variance"][where], arrays["slice_variance"][where]
+            label = arrays["label_variance"][where]
             figures |= {
                 f"ess_mean{name}": float(ess.mean()),
                 f"ess_p5{name}": float(np.percentile(ess, 5)),
                 f"label_variance_kJ2{name}": float(to_kJ_per_mol(label.mean())),
-                f"slice_variance_kJ2{name}": float(to_kJ_per_mol(force.mean())),
-                f"variance_ratio{name}": float(force.mean() / label.mean()),
             }
+            if "slice_variance" in arrays:  # forces on bead atoms: slice maps alone have them
+                force = arrays["slice_variance"][where]
+                figures |= {
+                    f"slice_variance_kJ2{name}": float(to_kJ_per_mol(force.mean())),
+                    f"variance_ratio{name}": float(force.mean() / label.mean()),
+                }
     figures |= {
         "rare_states": len(thin),
-        "lnZ_gap": float(bounds.gap.value),
-        "lnZ_gap_error": float(bounds.gap.error),
-        "reverse_kl": float(bounds.reverse_kl.value),
-        "forward_kl": float(bounds.forward_kl.value),
+        **quality.summary(),
+        **coverage.summary(),
+        **structure.summary(),
     }
     return arrays, figures
 
@@ -219,8 +235,11 @@ def report_data(workspace: Workspace, records: list[Metrics]) -> ReportData:
         ess_iteration=np.concatenate([*iteration, np.full(len(check["ess"]), len(ess) + 1)]),
         ess_rare=np.concatenate([*rare, check["rare"]]),
         ess_labels=(*map(str, range(1, len(ess) + 1)), "held out"),
-        label_variance_slice=check["slice_variance"],
+        label_variance_slice=check.get("slice_variance", np.zeros(0)),
         label_variance=check["label_variance"],
+        weight_table=check["weight_table"],
+        structure_table=check["structure_table"],
+        coverage_table=check["coverage_table"],
         stage_names=tuple(r["stage"] for r in records),
         stage_iteration=np.array([r["iteration"] for r in records]),
         stage_seconds=np.array([r["seconds"] for r in records]),

@@ -16,8 +16,9 @@ from . import evaluation
 from .estimators import label_variance, thermodynamics, to_kJ_per_mol, typical
 from .labels import Labels, accept
 from .progress import Stage
-from .reconstruction import Samples, read_samples
+from .reconstruction import read_samples, reconstruct
 from .reference import write_npz
+from .samples import Samples
 from .sampling import ase_bead_dynamics
 from .stages import Metrics
 from .states import choose_states
@@ -63,6 +64,30 @@ def label_states(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     samples = _atoms_of(
         workspace, stage, flow, visited[chosen], settings.n_samples, workspace.seed(k, 9)
     )
+    return _write_labels(workspace, folder, samples)
+
+
+def label_torsions(workspace: Workspace, stage: Stage) -> Metrics:
+    """Label torsion states chosen among the frames: F(s) and -∂F/∂s (E2, E3a, E4)."""
+    settings, folder = workspace.config.cycle, workspace.iteration(0)
+    visited = workspace.cg_map.apply(workspace.data[0].positions)
+    n_states = min(settings.n_states, len(visited))
+    chosen = choose_states(
+        visited, n_states, None, diverse=settings.diverse, seed=workspace.seed(0, 8)
+    )
+    flow = Backmapper.from_model(workspace.model(0))
+    rng = np.random.default_rng(workspace.seed(0, 9))
+    parts = []
+    for piece in np.array_split(chosen, max(1, n_states // 10)):
+        states = visited[piece]
+        parts.append(reconstruct(flow, workspace.potential, states, settings.n_samples, rng))
+        stage.update(sum(len(part.beads) for part in parts), n_states)
+    return _write_labels(workspace, folder, Samples.concatenate(*parts))
+
+
+def _write_labels(workspace: Workspace, folder: Path, samples: Samples) -> Metrics:
+    """Write samples, the labels that they give, and energies and entropies; return figures."""
+    settings = workspace.config.cycle
     good = accept(samples.log_weight, min_ess=settings.min_ess, max_pareto_k=settings.max_pareto_k)
     Labels.from_samples(samples, good).save(folder / "labels.npz")
     split = thermodynamics(samples.log_weight, samples.energy, workspace.temperature_K)
@@ -70,20 +95,20 @@ def label_states(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     parts["entropy_eV_per_K"] = split.entropy
     write_npz(
         folder / "thermodynamics.npz",
-        {"beads": samples.beads, "accepted": good}
+        {"torsions" if workspace.by_torsions else "beads": samples.beads, "accepted": good}
         | {name: part.value for name, part in parts.items()}
         | {f"{name}_error": part.error for name, part in parts.items()},
     )
     samples.save(folder / "samples.npz")
     ess = effective_sample_size(samples.log_weight, axis=1)
-    variance = label_variance(samples.log_weight, samples.labels)
+    variance = to_kJ_per_mol(typical(label_variance(samples.log_weight, samples.labels)))
     return {
         "calls": samples.n_calls,
-        "states": len(chosen),
+        "states": len(samples.beads),
         "accepted": int(good.sum()),
         "ess_mean": float(ess.mean()),
         "ess_p5": float(np.percentile(ess, 5)),
-        "label_variance_kJ2": float(to_kJ_per_mol(typical(variance))),
+        "label_variance_kJ2": float(variance),
     }
 
 

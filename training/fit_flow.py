@@ -1,173 +1,80 @@
 """Fitting the flow: likelihood first, then the forces and energies that the frames already carry.
 
-Terms of the loss on a frame (x, s) with stored force and energy, after `flow_recipe.md`:
-
-- ``likelihood``   -ln q(x|s): forward KL.
-- ``noise_force``  |∇_z ln w|², with ln w = -U/kT - ln q at x(z, s): zero everywhere if q is exact.
-- ``label``        |f - f(s)|², the scatter of the pulled-back label f = kT ∇_s ln w at fixed noise
-  around the bead force: zero everywhere if q and the bead force are exact.
-- ``energy``       (ln w + F(s)/kT - c)², Huber: zero everywhere if both models are exact.
-
-The noise is a function of x *with its graph*: detached, x would move with the parameters while its
-force stays behind.
+The terms are in :mod:`.flow_losses` and :mod:`.own_samples`; here is the loop: AdamW with a
+one-cycle schedule, averaged weights, early stopping on held-out frames.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
+
+from .flow_frames import Batches, FlowFrames, relabellings
+from .flow_losses import (
+    LIKELIHOOD_ONLY,
+    NAMED_LOSSES,
+    FlowLoss,
+    flow_loss,
+    without_free_energy,
+)
+from .own_samples import OwnSamples, OwnStates, own_sample_loss
+
+__all__ = [
+    "LIKELIHOOD_ONLY",
+    "NAMED_LOSSES",
+    "FlowFit",
+    "FlowFrames",
+    "FlowLoss",
+    "OwnSamples",
+    "ProgressCallback",
+    "fit_flow",
+    "flow_loss",
+    "mean_nll",
+    "relabellings",
+    "without_free_energy",
+]
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]
 
-_HUBER_KT = 4.0  # residuals of ln w beyond this count linearly
-_LOG_2PI = math.log(2.0 * math.pi)
+_HELD_OUT_FRAMES = 1000  # more don't change which step is best: the same frames judge all steps
 
 
-@dataclass(frozen=True)
-class FlowFrames:
-    """Frames to learn from.
+@dataclass
+class FlowFit:
+    """What a fit did.
 
     Attributes
     ----------
-    positions
-        Shape (n, n_atoms, 3) in Å.
-    weight
-        Relative weight of each frame, shape (n,): one for unbiased frames of a trajectory.
-    forces, energy
-        Atomistic forces (n, n_atoms, 3) in eV/Å and energies (n,) in eV.
-    bead_force, free_energy
-        The bead force field at each frame: -∂F/∂s (n, n_beads, 3) in eV/Å and F (n,) in eV.
+    history
+        Mean of each term and of the ``loss`` over every twentieth of the run, with its last
+        ``step``; and of the averaged weights on held-out frames ``held_out``, their loss, and
+        ``nll``, the mean -ln q.
+    steps, best_step
+        Steps taken, and the one whose averaged weights the flow has.
+    stopped_early
+        True if the held-out frames ended the fit.
+    energy_calls
+        Calls of the potential spent on own samples.
     """
 
-    positions: np.ndarray
-    weight: np.ndarray
-    forces: np.ndarray | None = None
-    energy: np.ndarray | None = None
-    bead_force: np.ndarray | None = None
-    free_energy: np.ndarray | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    best_step: int = 0
+    stopped_early: bool = False
+    energy_calls: int = 0
 
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def joined(self, other: FlowFrames) -> FlowFrames:
-        """Return the frames of both; all arrays of one must be there in the other."""
-        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        return FlowFrames(*(None if a is None else np.concatenate([a, b]) for a, b in pairs))
-
-
-@dataclass(frozen=True)
-class FlowLoss:
-    """Weights of the terms of the loss; the defaults are those of `flow_recipe.md`, run FB."""
-
-    likelihood: float = 1.0
-    noise_force: float = 2.0
-    label: float = 0.03
-    energy: float = 10.0
-
-    @property
-    def needs_forces(self) -> bool:
-        """True if any term pushes the frame through the flow and back."""
-        return bool(self.noise_force or self.label)
-
-
-LIKELIHOOD_ONLY = FlowLoss(noise_force=0.0, label=0.0, energy=0.0)
-
-
-def relabellings(flow: Backmapper, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw random cyclic relabellings of the identical atoms of each rotor, (n, n_atoms) indices.
-
-    The flow's rotors cover every labelling of a methyl group; a trajectory of finite length visits
-    them unevenly. A random relabelling of every frame makes the data cover all of them too.
-    """
-    order = np.tile(np.arange(flow.cg_map.n_atoms), (n, 1))
-    for group in flow.placement.rotor_groups:
-        turns = np.arange(len(group)) + rng.integers(len(group), size=(n, 1))
-        order[:, group] = np.take(group, turns, mode="wrap")
-    return order
-
-
-class _Batches:
-    """Random mini-batches in single precision and units of kT, relabelled afresh each time."""
-
-    def __init__(self, flow: Backmapper, frames: FlowFrames, rng: np.random.Generator) -> None:
-        kt = thermal_energy(flow.temperature_K)
-        self._flow, self._rng = flow, rng
-        centred = frames.positions - frames.positions.mean(1, keepdims=True)  # keeps float32 sharp
-        self._by_atom = {"positions": centred}
-        self._by_frame = {"weight": frames.weight / frames.weight.mean()}
-        if frames.forces is not None:
-            self._by_atom["forces"] = frames.forces / kt
-        if frames.bead_force is not None:
-            self._by_frame["bead_force"] = frames.bead_force / kt
-        if frames.energy is not None and frames.free_energy is not None:
-            excess = (frames.energy - frames.free_energy) / kt
-            self._by_frame["excess_energy"] = excess - excess.mean()
-        for arrays in (self._by_atom, self._by_frame):
-            for name, array in arrays.items():
-                arrays[name] = torch.from_numpy(np.asarray(array, np.float32))
-
-    def draw(self, size: int) -> dict[str, Tensor]:
-        """Return one batch of ``size`` frames, drawn with replacement."""
-        n = len(self._by_frame["weight"])
-        chosen = torch.from_numpy(self._rng.integers(0, n, size))
-        order = torch.from_numpy(relabellings(self._flow, size, self._rng))
-        order = order[..., None].expand(-1, -1, 3)
-        batch = {name: torch.gather(a[chosen], 1, order) for name, a in self._by_atom.items()}
-        return batch | {name: a[chosen] for name, a in self._by_frame.items()}
-
-
-def flow_loss(
-    flow: Backmapper, batch: dict[str, Tensor], terms: FlowLoss
-) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of a batch and the value of each of its terms.
-
-    Parameters
-    ----------
-    flow
-        The backmapper, in the batch's precision.
-    batch
-        ``positions`` (n, n_atoms, 3) and ``weight`` (n,); ``forces`` in kT/Å for the force terms,
-        ``bead_force`` in kT/Å for the label, ``excess_energy`` (U - F)/kT for the energy term.
-    terms
-        Weights of the terms.
-    """
-    weight, beads = batch["weight"], flow.cg_map.apply(batch["positions"])
-    noise, log_p, log_dx = flow.to_noise_terms(flow.points_from(beads, batch["positions"]))
-    log_q = log_p.sum((-1, -2)) - log_dx.sum(-1)
-    values = {"likelihood": -(weight * log_q).mean() / flow.n_dof}
-    bounded = weight.clamp_max(1.0)  # terms that vanish frame by frame need no unbiased average
-    if terms.energy:
-        log_w = -batch["excess_energy"] - log_q
-        log_w = log_w - (bounded * log_w).sum().detach() / bounded.sum()
-        huber = nn.functional.huber_loss(
-            log_w, torch.zeros_like(log_w), reduction="none", delta=_HUBER_KT
-        )
-        values["energy"] = (bounded * huber).mean() / flow.n_dof
-    if terms.needs_forces:
-        origin = beads.detach().requires_grad_()
-        points, log_q_placed = flow.from_noise(origin, noise)
-        work = (points[:, flow.point_of_atom] * batch["forces"]).sum()
-        noise_force, label = torch.autograd.grad(
-            work - log_q_placed.sum(), [noise, origin], create_graph=True
-        )
-        # On a rotor's barrier the noise force grows as 1/p: measure it along the angle there.
-        density = torch.exp(log_p.detach() + _LOG_2PI).clamp_max(1.0)
-        noise_force = torch.where(flow.rotor_dof, noise_force * density, noise_force)
-        values["noise_force"] = (bounded * noise_force.square().mean((-1, -2))).mean()
-        scatter = (label - batch["bead_force"]).square().mean((-1, -2))
-        values["label"] = (bounded * scatter).mean()
-    loss = sum(getattr(terms, name) * value for name, value in values.items())
-    return loss, {name: float(value.detach()) for name, value in values.items()}
+    def __str__(self) -> str:
+        end = "stopped early" if self.stopped_early else "ran to the end"
+        calls = f", {self.energy_calls} energy calls" if self.energy_calls else ""
+        return f"{end} at step {self.steps}, kept the weights of step {self.best_step}{calls}"
 
 
 @contextmanager
@@ -175,15 +82,61 @@ def _fixed_order() -> Iterator[None]:
     """Add gradients in a fixed order, whatever the number of threads.
 
     Otherwise the gradient of an indexed tensor is summed by whichever thread comes first, and two
-    runs of one seed part ways after a few steps.
+    runs of one seed part ways after a few steps. Filling every new tensor with NaN, part of torch's
+    deterministic mode, guards against reading uninitialised memory only, and costs 5 %.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class _Trained:
+    """A copy of a module in single precision, its optimiser, and the average of its weights."""
+
+    def __init__(self, module: nn.Module, learning_rate: float, steps: int) -> None:
+        self._original = module
+        self.module = copy.deepcopy(module).float().train()
+        self.averaged = copy.deepcopy(self.module).requires_grad_(False).eval()
+        self.parameters = list(self.module.parameters())
+        self._mean = list(self.averaged.parameters())
+        self._best: list[Tensor] | None = None
+        self._optimizer = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, foreach=True
+        )
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer,
+            learning_rate,
+            total_steps=max(steps, 2),
+            pct_start=min(0.1, 100 / max(steps, 2)),
+        )
+
+    def step(self, clip: float, decay: float) -> None:
+        """Step along the gradients, and average."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        if not torch.isfinite(norm):
+            self._optimizer.zero_grad()  # a step without gradients changes nothing
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._schedule.step()
+        torch._foreach_lerp_(self._mean, [p.detach() for p in self.parameters], 1.0 - decay)
+
+    def keep(self) -> None:
+        """Remember the present average as the best."""
+        self._best = [mean.clone() for mean in self._mean]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best average, or the last, into the module that this is a copy of."""
+        best = self._mean if self._best is None else self._best
+        for target, source in zip(self._original.parameters(), best, strict=True):
+            target.copy_(source)
 
 
 @_fixed_order()
@@ -198,9 +151,13 @@ def fit_flow(
     seed: int,
     clip: float = 1.0,
     averaging: float = 0.998,
+    held_out: FlowFrames | None = None,
+    patience: int = 5,
+    own: OwnSamples | None = None,
+    free_energy: nn.Module | None = None,
     progress: ProgressCallback | None = None,
-) -> list[dict[str, float]]:
-    """Fit ``flow`` in place; its parameters become the exponential average of the trajectory.
+) -> FlowFit:
+    """Fit ``flow`` in place; its parameters become an exponential average of the trajectory.
 
     Parameters
     ----------
@@ -209,72 +166,137 @@ def fit_flow(
     frames
         What to learn from; forces, energies and bead forces as the terms need them.
     terms
-        The loss.
+        The loss, e.g. ``FlowLoss.named("forces+energy")``.
     steps, batch_size, learning_rate, clip, averaging
         Of AdamW with a one-cycle schedule, gradient-norm clipping and weight averaging.
     seed
-        Fixes batches and relabelling: the same seed gives the same parameters.
+        Fixes batches, relabelling and own samples: the same seed gives the same parameters.
+    held_out, patience
+        Frames that carry what `frames` carry. Every twentieth of the run, their loss (of the terms
+        on frames; the likelihood if there are none) decides which averaged weights are kept.
+        The fit stops when it hasn't improved this many times in a row while the loss of `frames`
+        has: both grow for a while at a high learning rate, which isn't overfitting. The start
+        doesn't compete. Default: keep the last.
+    own
+        How own samples are drawn; needed by ``log_variance``, ``reverse_kl`` and ``weighted_kl``.
+    free_energy
+        Model of F(s) in eV, e.g. a `ForceField`, that learns along, in place, where the frames
+        have no bead force or free energy (joint force matching). A third of ``steps`` more, at the
+        start and each a third as dear, fit it alone to the labels of the flow as it is; otherwise
+        the mean force would swamp the scatter.
     progress
         Called as ``progress(step, steps, values)`` after every step.
-
-    Returns
-    -------
-    list of dict
-        The mean of each term over every twentieth of the run.
 
     Raises
     ------
     ValueError
-        If the frames lack what a term needs.
+        If frames, own samples or the free-energy model lack what a term needs.
     FloatingPointError
         If the loss stops being finite.
     """
-    _check_frames(frames, terms)
-    batches = _Batches(flow, frames, np.random.default_rng(seed))
-    model = copy.deepcopy(flow).float().train()
-    average = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=max(steps, 2), pct_start=min(0.1, 100 / max(steps, 2))
-    )
-    history: list[dict[str, float]] = []
-    window: list[dict[str, float]] = []
+    for each in (frames,) if held_out is None else (frames, held_out):
+        _check(each, terms, own, free_energy)
+    rng = np.random.default_rng(seed)
+    batches = Batches(flow, frames, rng)
+    states = OwnStates(flow, frames, own, rng) if own is not None and terms.needs_samples else None
+    judge = None if held_out is None else _Judge(flow, held_out, terms)
+    calls = own.potential.n_calls if states is not None else 0
+    of_flow = _Trained(flow, learning_rate, steps)
+    trained, model = [of_flow], None
+    if free_energy is not None:
+        of_model = _Trained(free_energy, learning_rate, steps // 3 + steps)
+        trained, model = [*trained, of_model], of_model.module
+        _fit_to_labels(of_flow.module, of_model, batches, batch_size, steps // 3)
+
+    result, window, best = FlowFit(), [], {}
     for step in range(1, steps + 1):
-        loss, values = flow_loss(model, batches.draw(batch_size), terms)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the flow's loss is {loss.item()} at step {step}: lower the learning rate "
-                f"(now {learning_rate:g}) or look for broken frames with 'ccg check'"
-            )
-        if not torch.isfinite(norm):
-            optimizer.zero_grad()  # a step without gradients changes nothing
-        optimizer.step()
-        schedule.step()
-        decay = min(averaging, step / (step + 10.0))
-        with torch.no_grad():
-            for mean, new in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(new, 1.0 - decay)
-        window.append(values)
-        if step % max(1, steps // 20) == 0:
-            history.append({k: float(np.mean([w[k] for w in window])) for k in values})
-            window = []
+        loss, values = flow_loss(of_flow.module, batches.draw(batch_size), terms, model)
+        if states is not None:
+            noise = flow.sample_noise(rng, (own.n_states, own.n_samples))
+            more = own_sample_loss(of_flow.module, states.draw(), noise, own, terms)
+            loss, values = loss + more[0], values | more[1]
+        _check_finite(loss, step, learning_rate)
+        loss.backward(inputs=[p for each in trained for p in each.parameters])
+        for each in trained:
+            each.step(clip, min(averaging, step / (step + 10.0)))
+        result.steps = step
+        window.append(values | {"loss": loss.item()})
         if progress is not None:
             progress(step, steps, values)
-    flow.load_state_dict(average.double().state_dict())
-    return history
+        if step % max(1, steps // 20) and step < steps:
+            continue
+        record = {k: float(np.mean([w[k] for w in window])) for k in window[0]} | {"step": step}
+        window = []
+        result.history.append(record)
+        if judge is None:
+            result.best_step = step
+            continue
+        record |= judge(*(each.averaged for each in trained))
+        if not best or record["held_out"] < best["held_out"]:
+            best, result.best_step = record, step
+            for each in trained:
+                each.keep()
+        waited = sum(r["step"] > best["step"] for r in result.history)
+        if waited >= patience and record["loss"] < best["loss"] and step < steps:
+            result.stopped_early = True
+            break
+    for each in trained:
+        each.restore()
+    if states is not None:
+        result.energy_calls = own.potential.n_calls - calls
+    return result
 
 
-def _check_frames(frames: FlowFrames, terms: FlowLoss) -> None:
+class _Judge:
+    """The loss on held-out frames, evenly chosen, always the same ones and as they are."""
+
+    def __init__(self, flow: Backmapper, held_out: FlowFrames, terms: FlowLoss) -> None:
+        some = held_out[:: -(-len(held_out) // _HELD_OUT_FRAMES)]
+        batches = Batches(flow, some, np.random.default_rng())
+        self._batches = list(batches.in_order(250))
+        on_frames = terms.likelihood or terms.needs_forces or terms.energy
+        self._terms = terms if on_frames else LIKELIHOOD_ONLY
+
+    def __call__(self, flow: Backmapper, free_energy: nn.Module | None = None) -> dict[str, float]:
+        share = [len(batch["weight"]) for batch in self._batches]
+        found = [flow_loss(flow, batch, self._terms, free_energy) for batch in self._batches]
+        nll = np.average([values["likelihood"] for _, values in found], weights=share)
+        loss = np.average([loss.item() for loss, _ in found], weights=share)
+        return {"held_out": float(loss), "nll": float(nll) * flow.n_dof}
+
+
+def _fit_to_labels(
+    flow: nn.Module, of_model: _Trained, batches: Batches, batch_size: int, steps: int
+) -> None:
+    """Fit a free-energy model alone to the pulled-back labels of a flow."""
+    only_label = FlowLoss(likelihood=0.0, noise_force=0.0, label=1.0, energy=0.0)
+    flow.requires_grad_(False)
+    for step in range(1, steps + 1):
+        loss, _ = flow_loss(flow, batches.draw(batch_size), only_label, of_model.module)
+        loss.backward()
+        of_model.step(float("inf"), step / (step + 10.0))
+    flow.requires_grad_(True)
+
+
+def _check_finite(loss: Tensor, step: int, learning_rate: float) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the flow's loss is {loss.item()} at step {step}: lower the learning rate "
+            f"(now {learning_rate:g}) or look for broken frames with 'ccg check'"
+        )
+
+
+def _check(
+    frames: FlowFrames,
+    terms: FlowLoss,
+    own: OwnSamples | None,
+    free_energy: nn.Module | None,
+) -> None:
     needs = {
         "forces": terms.needs_forces,
-        "bead_force": terms.needs_forces,
+        "bead_force": terms.needs_labels and free_energy is None,
         "energy": terms.energy > 0,
-        "free_energy": terms.energy > 0,
+        "free_energy": terms.energy > 0 and free_energy is None,
     }
     missing = [name for name, needed in needs.items() if needed and getattr(frames, name) is None]
     if missing:
@@ -282,14 +304,40 @@ def _check_frames(frames: FlowFrames, terms: FlowLoss) -> None:
             f"the loss {terms} needs {' and '.join(missing)} of the frames: give them, or set the "
             "weights of those terms to zero"
         )
+    if terms.needs_samples and own is None:
+        raise ValueError(
+            f"the loss {terms} needs samples of the flow: give own=OwnSamples(potential), or set "
+            "the weights of those terms to zero"
+        )
+    if free_energy is not None and frames.temperature_K is not None:
+        raise ValueError(
+            "a free-energy model holds at one temperature, but the frames have several: give "
+            "bead_force and free_energy with the frames instead of free_energy="
+        )
 
 
 @torch.no_grad()
-def mean_nll(flow: Backmapper, positions: np.ndarray, batch_size: int = 2000) -> float:
-    """Return the mean of -ln q(x|s) over frames (n, n_atoms, 3)."""
+def mean_nll(
+    flow: Backmapper, positions: np.ndarray, batch_size: int = 2000, **conditions: np.ndarray
+) -> float:
+    """Return the mean of -ln q(x|s) over frames (n, n_atoms, 3), in the flow's precision.
+
+    Parameters
+    ----------
+    flow, positions
+        The backmapper, and frames in Å.
+    batch_size
+        Frames per pass.
+    **conditions
+        ``temperature_K`` (n,) and ``box`` (n, 3, 3) of the frames, if the flow is conditioned on
+        them.
+    """
+    dtype = next(flow.parameters()).dtype
+    centred = positions - positions.mean(1, keepdims=True)
     total = 0.0
     for start in range(0, len(positions), batch_size):
-        x = torch.from_numpy(positions[start : start + batch_size])
-        _, log_q = flow.to_noise(flow.points_from(flow.cg_map.apply(x), x))
-        total -= float(log_q.sum())
+        part = slice(start, start + batch_size)
+        x = torch.from_numpy(centred[part]).to(dtype)
+        given = {k: torch.from_numpy(np.asarray(a[part])).to(dtype) for k, a in conditions.items()}
+        total -= float(flow.to_noise_terms(x, flow.cg_map.apply(x), **given)[2].double().sum())
     return total / len(positions)

@@ -1,4 +1,4 @@
-"""Labels: what is known about the free energy F(s) of the beads at some states, with errors."""
+"""Labels: what is known about the free energy F(s) at some coarse states, with errors."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 from ccg_mda.weights import effective_sample_size, pareto_k
 
 from .estimators import free_energy, mean_force
-from .reconstruction import Samples
+from .samples import Samples
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Mean forces at L bead states, and free energies where they are known.
+    """Mean forces at L coarse states, and free energies where they are known.
 
     Parameters
     ----------
     beads
-        Bead states, (L, n_beads, 3), Å.
+        Coarse states: beads (L, n_beads, 3) in Å, or torsions (L, n_torsions) in rad.
     force
-        Estimates of -∂F/∂s, (L, n_beads, 3), eV/Å.
+        Estimates of -∂F/∂s, of the same shape, eV/Å or eV/rad.
     force_variance
-        Variance of one Cartesian component of `force`, (L,), (eV/Å)².
+        Variance of one component of `force`, (L,), (eV/Å)² or (eV/rad)².
     free_energy, free_energy_variance
         Estimates of F(s) on one common scale, (L,) eV, and variances, eV². NaN (both): unknown.
 
@@ -46,10 +46,10 @@ class Labels:
             value = getattr(self, field.name)
             value = np.full(n, np.nan) if value is None else np.asarray(value, dtype=np.float64)
             object.__setattr__(self, field.name, value)
-        if self.beads.ndim != 3 or self.beads.shape != self.force.shape:
+        if self.beads.ndim not in (2, 3) or self.beads.shape != self.force.shape:
             raise ValueError(
-                f"beads and force must both be (L, n_beads, 3), got {self.beads.shape} and "
-                f"{self.force.shape}"
+                "beads and force must both be (L, n_beads, 3), or (L, n_torsions); got "
+                f"{self.beads.shape} and {self.force.shape}"
             )
         per_state = (self.force_variance, self.free_energy, self.free_energy_variance)
         if any(value.shape != (n,) for value in per_state):
@@ -80,7 +80,7 @@ class Labels:
         return cls(
             samples.beads[keep],
             force.value,
-            (force.error**2).mean((-1, -2)),
+            (force.error**2).mean(tuple(range(1, force.error.ndim))),
             energy.value,
             energy.error**2,
         )

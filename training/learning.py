@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -11,6 +13,7 @@ from ccg_ase.prior import Prior
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
+from .describe import held_coordinates
 from .estimators import free_energy, label_variance, mean_force, normalised_weights, typical
 from .evaluation import bead_energies
 from .fit_flow import (
@@ -20,12 +23,14 @@ from .fit_flow import (
     ProgressCallback,
     fit_flow,
     mean_nll,
+    without_free_energy,
 )
 from .fit_forcefield import FitSettings, fit_force_field
 from .labels import Labels
 from .progress import Stage
-from .reconstruction import Samples, pull_back_frames
-from .reference import MDANALYSIS_FORCE
+from .reconstruction import in_own_frame, pull_back_frames
+from .reference import MDANALYSIS_FORCE, ReferenceData
+from .samples import Samples
 from .stages import Metrics
 from .workspace import Workspace
 
@@ -42,11 +47,15 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
             workspace.temperature_K,
             positions,
             width=settings.width,
+            n_layers=settings.n_layers,
             hops=settings.hops,
+            bead_hops=settings.bead_hops,
+            channels=settings.channels,
+            defensive=settings.defensive,
         )
     batch = 2 * settings.batch_size
     frames = FlowFrames(train.positions, np.ones(len(train)))
-    fit_flow(
+    fit = fit_flow(
         flow,
         frames,
         terms=LIKELIHOOD_ONLY,
@@ -55,42 +64,93 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
         learning_rate=settings.learning_rate,
         seed=workspace.seed(0, 2),
         clip=5.0,
+        held_out=FlowFrames(held_out.positions, np.ones(len(held_out))),
+        patience=settings.patience,
         progress=_show_terms(stage),
     )
     workspace.save(workspace.iteration(0) / "flow.ccg", {"backmapper": flow})
-    return {"nll": mean_nll(flow, held_out.positions)}
+    held = held_coordinates(flow.config, flow.cg_map)
+    return {"nll": mean_nll(flow, held_out.positions), "held": held, "fit": str(fit)}
+
+
+def fit_forces_by_torsions(workspace: Workspace, stage: Stage) -> Metrics:
+    """Fit the flow to forces where torsions are the coarse variables.
+
+    There is no force field over torsions, hence no term that needs F(s): the gradients of ln w
+    along coordinates and noise alone.
+    """
+    folder = workspace.iteration(0)
+    flow = Backmapper.load(folder / "flow.ccg")
+    train, held_out = (
+        FlowFrames(positions, np.ones(len(positions)), forces)
+        for positions, forces in (
+            in_own_frame(flow, data.positions, data.forces) for data in workspace.data
+        )
+    )
+    metrics = _fit_stages(workspace, stage, flow, train, held_out, 0, without_free_energy)
+    workspace.save(folder / "model.ccg", {"backmapper": flow})
+    return metrics
 
 
 def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     """Fit the flow to forces: on frames, and after the first iteration on its own samples."""
-    train, held_out = workspace.data
-    settings, folder = workspace.config.flow, workspace.iteration(k)
+    folder = workspace.iteration(k)
     if k == 0:
         flow = Backmapper.load(folder / "flow.ccg")
         force_field = ForceField.from_model(load_model(folder / "force_field.ccg"))
     else:
         before = workspace.model(k - 1)
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
-    energy, force = bead_energies(force_field, workspace.cg_map.apply(train.positions))
-    every = np.ones(len(train))
-    frames = FlowFrames(train.positions, every, train.forces, train.energy, force, energy)
+    train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
     if k:
-        frames = frames.joined(_as_frames(Samples.load(folder / "samples.npz"), force_field))
-    history = fit_flow(
-        flow,
-        frames,
-        terms=FlowLoss(),
-        steps=settings.refit_steps if k else settings.force_steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate / (2 if k else 1),
-        seed=workspace.seed(k, 3),
-        progress=_show_terms(stage),
-    )
+        train = train.joined(_as_frames(Samples.load(folder / "samples.npz"), force_field))
+    metrics = _fit_stages(workspace, stage, flow, train, held_out, k)
     if k:
         workspace.save(folder / "flow.ccg", {"backmapper": flow})
     else:
         workspace.save(folder / "model.ccg", {"backmapper": flow, "force_field": force_field})
-    return {"nll": mean_nll(flow, held_out.positions), "loss": history[-1]}
+    return metrics
+
+
+def _with_bead_forces(data: ReferenceData, force_field: ForceField) -> FlowFrames:
+    energy, force = bead_energies(force_field, force_field.cg_map.apply(data.positions))
+    return FlowFrames(data.positions, np.ones(len(data)), data.forces, data.energy, force, energy)
+
+
+def _fit_stages(
+    workspace: Workspace,
+    stage: Stage,
+    flow: Backmapper,
+    train: FlowFrames,
+    held_out: FlowFrames,
+    k: int,
+    adapted: Callable[[FlowLoss], FlowLoss] = lambda terms: terms,
+) -> Metrics:
+    """Fit along internal coordinates first, which is cheap, then by the loss of the run."""
+    settings = workspace.config.flow
+    loss, rate = FlowLoss.named(settings.loss), settings.learning_rate
+    plan = [(FlowLoss.named("coordinate_forces+energy"), settings.coordinate_steps, rate)]
+    plan.append((loss, settings.force_steps, rate / 2))
+    if k:
+        plan = [(loss, settings.refit_steps, rate / 2)]
+    metrics: Metrics = {}
+    for n, (terms, steps, peak) in enumerate(plan):
+        if not steps:
+            continue
+        fit = fit_flow(
+            flow,
+            train,
+            terms=adapted(terms),
+            steps=steps,
+            batch_size=settings.batch_size,
+            learning_rate=peak,
+            seed=workspace.seed(k, 3, n),
+            held_out=held_out,
+            patience=settings.patience,
+            progress=_show_terms(stage),
+        )
+        metrics |= {"loss": fit.history[-1], f"fit_{n}": str(fit)}
+    return metrics | {"nll": mean_nll(flow, held_out.positions)}
 
 
 def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
@@ -99,7 +159,8 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     chosen = np.unique(
         np.linspace(0, len(train) - 1, workspace.config.cycle.n_frame_labels).astype(int)
     )
-    flow = Backmapper.load(workspace.iteration(k) / "flow.ccg")
+    last = "model.ccg" if workspace.by_torsions else "flow.ccg"
+    flow = Backmapper.load(workspace.iteration(k) / last)
     force_variance, log_weight_variance = _scatter(workspace, k)
     kt = thermal_energy(workspace.temperature_K)
     parts = []
@@ -126,8 +187,8 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
 
 
 def _scatter(workspace: Workspace, k: int) -> tuple[float, float]:
-    """Variance at fixed s of a single label, (eV/Å)², and of a log-weight."""
-    if k:
+    """Variance at fixed s of a single label, (eV/Å)² or (eV/rad)², and of a log-weight."""
+    if k or workspace.by_torsions:
         samples = Samples.load(workspace.iteration(k) / "samples.npz")
         force = typical(label_variance(samples.log_weight, samples.labels))
         with np.errstate(invalid="ignore"):  # a clash has the log-weight -inf

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ccg_mda.coverage import jensen_shannon
+
 BINS = 64
 
 
@@ -39,17 +41,6 @@ def torsion_histogram(
         weights = np.exp(log_weights - np.max(log_weights))
     counts = np.bincount(flat, weights, minlength=bins ** len(shape)).reshape(shape)
     return counts / counts.sum()
-
-
-def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
-    """Jensen-Shannon divergence of two histograms of sum 1, in nats: 0 (equal) to ln 2."""
-    middle = 0.5 * (p + q)
-
-    def relative(a: np.ndarray) -> float:
-        filled = a > 0
-        return float((a[filled] * np.log(a[filled] / middle[filled])).sum())
-
-    return max(0.0, 0.5 * relative(p) + 0.5 * relative(q))
 
 
 def jensen_shannon_floor(

@@ -7,81 +7,25 @@ it is averaged with self-normalised weights, on frames of atomistic dynamics wit
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from ccg_ase.mapping import CGMap
+from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
 from ccg_mda.potential import Potential
 
-from .reference import MDANALYSIS_FORCE, read_npz, write_npz
+from .reference import MDANALYSIS_FORCE
+from .samples import Samples
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
 
 ROUND_TRIP_TOLERANCE_A = 1e-4
-
-
-@dataclass(frozen=True)
-class Samples:
-    """K all-atom samples at each of S bead states, with what their energy calls gave.
-
-    Attributes
-    ----------
-    beads
-        Bead states, (S, n_beads, 3), Å.
-    positions, forces
-        Atoms, (S, K, n_atoms, 3), Å, and their forces, eV/Å.
-    energy, log_prob
-        U, (S, K), eV, and ln q(x|s), (S, K).
-    labels
-        Mean-force labels f = kT ∂l/∂s at fixed noise, (S, K, n_beads, 3), eV/Å. Their average
-        over p(x|s) is -∂F/∂s; at q = p every single one equals it.
-    cg_map, temperature_K
-        Of the backmapper that made them.
-    n_calls
-        Energy-and-force calls spent.
-    """
-
-    beads: np.ndarray
-    positions: np.ndarray
-    forces: np.ndarray
-    energy: np.ndarray
-    log_prob: np.ndarray
-    labels: np.ndarray
-    cg_map: CGMap
-    temperature_K: float
-    n_calls: int
-
-    @property
-    def log_weight(self) -> np.ndarray:
-        """Log-weights l = -U/kT - ln q, (S, K)."""
-        return -self.energy / thermal_energy(self.temperature_K) - self.log_prob
-
-    @property
-    def slice_labels(self) -> np.ndarray:
-        """Forces on the bead atoms, (S, K, n_beads, 3), eV/Å: the classic label of a slice map."""
-        return self.cg_map.apply_forces(self.forces)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an NPZ file, atomically."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["cg_map"] = np.asarray(json.dumps(self.cg_map.to_dict()))
-        write_npz(path, {name: np.asarray(value) for name, value in values.items()})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Samples:
-        """Read what `save` wrote."""
-        values = {name: a.item() if a.ndim == 0 else a for name, a in read_npz(path).items()}
-        values["cg_map"] = CGMap.from_dict(json.loads(values["cg_map"]))
-        return cls(**values)
 
 
 def reconstruct(
@@ -102,7 +46,7 @@ def reconstruct(
     potential
         Atomistic energies and forces; called once per sample.
     beads
-        Bead states, (S, n_beads, 3), Å.
+        Coarse states, (S, n_beads, 3) in Å or (S, n_torsions) in rad.
     n_samples
         K, samples per state.
     rng
@@ -139,11 +83,12 @@ def pull_back(
     ValueError
         If shapes don't fit.
     """
-    states = _float64(beads)
-    if states.ndim != 3 or noise.ndim != 3 or noise.shape[1] != len(states):
+    states, inner = _float64(beads), backmapper.cg_map.coarse_shape
+    fits = noise.ndim == 3 and states.shape == (noise.shape[1], *inner)
+    if not fits:
         raise ValueError(
-            f"need beads (S, n_beads, 3) and noise (K, S, n_dof) with one S; got "
-            f"{tuple(states.shape)} and {tuple(noise.shape)}"
+            f"need states (S, {', '.join(map(str, inner))}) and noise (K, S, n_dof) with one S; "
+            f"got {tuple(states.shape)} and {tuple(noise.shape)}"
         )
     n_samples, n_states = noise.shape[:2]
     flat_noise = noise.detach().transpose(0, 1).flatten(0, 1)
@@ -179,6 +124,8 @@ def pull_back_frames(
 ) -> Samples:
     """Label frames of the atomistic ensemble (E3b): K = 1, no weight and no new energy call.
 
+    Where s are torsions, the frames returned are rotated: see `in_own_frame`.
+
     Parameters
     ----------
     backmapper, batch_size
@@ -191,6 +138,7 @@ def pull_back_frames(
     ValueError
         If the backmapper doesn't return a frame from its own noise: the flow doesn't cover it.
     """
+    positions, forces = in_own_frame(backmapper, positions, forces)
     x = _float64(positions)
     beads = backmapper.cg_map.apply(x)
     noise = []
@@ -211,6 +159,38 @@ def pull_back_frames(
         backmapper, stored, beads.numpy(), torch.cat(noise)[None], batch_size=batch_size
     )
     return replace(samples, n_calls=0)
+
+
+def in_own_frame(
+    backmapper: nn.Module, positions: np.ndarray, forces: np.ndarray, *, batch_size: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate frames, and their forces with them, to where the backmapper places the molecule.
+
+    Torsions say nothing about the orientation: the backmapper puts the first atoms on axes of its
+    own. Beads do, and such frames are returned as they are.
+
+    Parameters
+    ----------
+    backmapper, batch_size
+        As in `reconstruct`.
+    positions, forces
+        Frames, (S, n_atoms, 3) in Å, and their forces.
+    """
+    if not isinstance(backmapper.cg_map, TorsionMap):
+        return positions, forces
+    x, rotated = _float64(positions), []
+    with torch.no_grad():
+        for part in _batches(len(x), batch_size):
+            distribution = backmapper(backmapper.cg_map.apply(x[part]))
+            placed = distribution.positions_from(distribution.noise_from(x[part]))
+            arms, goals = (v - v.mean(1, keepdim=True) for v in (x[part], placed))
+            u, _, v = torch.linalg.svd(arms.transpose(1, 2) @ goals)  # Kabsch
+            u[:, :, 2] *= torch.linalg.det(u @ v)[:, None]
+            turn = u @ v
+            turned = arms @ turn + placed.mean(1, keepdim=True)
+            rotated.append(torch.cat([turned, _float64(forces[part]) @ turn], -1))
+    both = torch.cat(rotated).numpy()
+    return both[..., :3], both[..., 3:]
 
 
 def read_samples(

@@ -88,6 +88,43 @@ PLATES = (
 )
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table of the report: an array of text in ReportData, and what it shows."""
+
+    name: str
+    title: str
+    caption: str
+    header: tuple[str, ...]
+
+
+TABLES = (
+    Table(
+        "weight_table",
+        "Weights on held-out frames",
+        "Samples drawn at the bead states of held-out frames, and the frames themselves.",
+        ("figure", "value", "what it says"),
+    ),
+    Table(
+        "structure_table",
+        "Structure of the reconstructions",
+        "Every sample of the held-out check as drawn, unweighted, against the training frames. "
+        "Outliers are more than 6 standard deviations of the reference off; atoms more than three "
+        "bonds apart clash below 1.2 Å.",
+        ("check", "terms", "of terms", "of samples", "worst"),
+    ),
+    Table(
+        "coverage_table",
+        "Torsions at given bead state",
+        "Reweighted samples against the held-out frame that their bead state came from; torsions "
+        "that the beads fix are left out, the worst come first. Divergence of the histograms in "
+        "nats; share of frames in a 15° bin that no sample of the same bead state visits. In "
+        "brackets what a perfect model would show with so few frames and samples.",
+        ("torsion", "divergence (floor)", "not visited (floor)"),
+    ),
+)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a metrics.jsonl; a last line that an interruption cut off is left out."""
     if not path.is_file():
@@ -160,6 +197,11 @@ def render(
             (figure_directory / f"{plate.name}.png").write_bytes(buffer.getvalue())
         image = base64.b64encode(buffer.getvalue()).decode()
         plates.append({"plate": plate, "image": image, "width": round(figure.get_figwidth() * 100)})
+    tables = [
+        {"table": table, "rows": rows.tolist()}
+        for table in TABLES
+        if (rows := getattr(data, table.name)).size
+    ]
     verdicts = judge(data)
     template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -168,6 +210,7 @@ def render(
         headline=headline(verdicts),
         verdicts=verdicts,
         plates=plates,
+        tables=tables,
         records=records,
         config=config,
         version=version("ccg"),

@@ -53,6 +53,9 @@ class ReportData:
     label_variance_slice, label_variance
         (N,) variance of a single force on the bead atoms, and of a single pulled-back label, per
         bead state.
+    weight_table, structure_table, coverage_table
+        Tables of text from the held-out check, (n, 3), (n, 5) and (n, 3): rows of
+        `ccg_mda.diagnostics.WeightQuality`, `StructureReport` and `TorsionCoverage`.
     stage_names, stage_iteration, stage_seconds, stage_calls
         Stages in the order they ran: name, iteration (0: before the loop), wall time, energy calls.
     picture_beads, picture_bead_bonds, picture_atoms, picture_atom_bonds, picture_elements
@@ -84,6 +87,9 @@ class ReportData:
     ess_labels: tuple[str, ...] = ()
     label_variance_slice: np.ndarray = field(default_factory=_none)
     label_variance: np.ndarray = field(default_factory=_none)
+    weight_table: np.ndarray = field(default_factory=_none)
+    structure_table: np.ndarray = field(default_factory=_none)
+    coverage_table: np.ndarray = field(default_factory=_none)
     stage_names: tuple[str, ...] = ()
     stage_iteration: np.ndarray = field(default_factory=_none)
     stage_seconds: np.ndarray = field(default_factory=_none)

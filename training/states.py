@@ -1,4 +1,4 @@
-"""Bead states: what they look like, and which of them are worth labelling."""
+"""Coarse states: what they look like, and which of them are worth labelling."""
 
 from __future__ import annotations
 
@@ -55,13 +55,16 @@ def dihedral_angles(positions: np.ndarray, quadruples: np.ndarray) -> np.ndarray
     return np.arctan2(y, (n1 * n2).sum(-1))
 
 
-def state_features(beads: np.ndarray, topology: Topology) -> np.ndarray:
-    """Return coordinates in which bead states are compared, (N, n_features).
+def state_features(beads: np.ndarray, topology: Topology | None) -> np.ndarray:
+    """Return coordinates in which coarse states are compared, (N, n_features).
 
     cos and sin of every dihedral of the bead topology, and the distances between beads more than
     three bonds apart (all distances, if there is no dihedral), each over its standard deviation
-    and scaled so that all distances together weigh a quarter of all dihedrals together.
+    and scaled so that all distances together weigh a quarter of all dihedrals together. Without a
+    topology the states are torsions (N, n_torsions): their cos and sin.
     """
+    if topology is None:
+        return np.concatenate([np.cos(beads), np.sin(beads)], axis=1)
     angle = dihedral_angles(np.asarray(beads, dtype=np.float64), topology.dihedrals())
     n_dihedrals = angle.shape[-1]
     i, j = np.nonzero(np.triu(topology.hops() > (3 if n_dihedrals else 0), 1))
@@ -74,7 +77,7 @@ def state_features(beads: np.ndarray, topology: Topology) -> np.ndarray:
 def choose_states(
     beads: np.ndarray,
     n_states: int,
-    topology: Topology,
+    topology: Topology | None,
     *,
     diverse: float = 0.5,
     labelled: np.ndarray | None = None,
@@ -90,15 +93,16 @@ def choose_states(
     Parameters
     ----------
     beads
-        Visited states, (N, n_beads, 3), Å. Farthest points are sought among at most 20000 of them.
+        Visited states, (N, n_beads, 3) in Å, or (N, n_torsions) in rad. Farthest points are sought
+        among at most 20000 of them.
     n_states
         How many to choose.
     topology
-        Of the beads.
+        Of the beads; None where states are torsions.
     diverse
         Share of farthest points, 0 to 1.
     labelled
-        States that have labels already, (M, n_beads, 3), Å.
+        States that have labels already, like `beads`.
     seed
         Of the random part; the choice is a pure function of the arguments.
 

@@ -200,8 +200,15 @@ def _energies(data: ReportData) -> Verdict:
 
 def _labels(data: ReportData) -> Verdict:
     claim = "Mean-force labels"
-    if not data.label_variance.size or not data.label_variance_slice.size:
+    if not data.label_variance.size:
         return _unmeasured(claim)
+    if not data.label_variance_slice.size:
+        return Verdict(
+            claim,
+            "not measured",
+            f"Variance {np.mean(data.label_variance):.3g} (eV/Å)² per component. Beads that aren't "
+            "atoms have no plain force of their own to compare with.",
+        )
     ours, plain = float(np.mean(data.label_variance)), float(np.mean(data.label_variance_slice))
     gain = plain / ours
     return Verdict(

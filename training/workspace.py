@@ -12,9 +12,11 @@ import numpy as np
 from torch import nn
 
 from ccg_ase.checkpoint import ModelFile, load_model, save_model
+from ccg_ase.torsion_map import TorsionMap
 
 from .config import Config
-from .data_check import check_mapping, refuse_faults
+from .findings import refuse_faults
+from .mapping_check import check_mapping
 from .reference import ReferenceData
 from .system import mapping_of, potential_of
 
@@ -44,6 +46,11 @@ class Workspace:
         """Training and held-out frames."""
         stored = ReferenceData.load(self.directory / "reference.npz")
         return stored.split(self.config.reference.holdout_fraction)
+
+    @property
+    def by_torsions(self) -> bool:
+        """Whether torsions are the coarse variables: then there is no bead force field."""
+        return isinstance(self.cg_map, TorsionMap)
 
     def iteration(self, k: int) -> Path:
         """Return the folder of iteration k; 0 holds what comes before the loop."""

@@ -1,12 +1,20 @@
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ccg_ase import CGCalculator, ForceField, ModelFileError, load_model, save_model
+from ccg_ase import (
+    CGCalculator,
+    ForceField,
+    ModelFileError,
+    TorsionMap,
+    load_model,
+    save_model,
+)
 from ccg_ase.checkpoint import VERSION
 
 
@@ -99,6 +107,29 @@ def test_versions(saved):
     rewrite(saved, lambda header, _: header.update(version=0))
     with pytest.raises(ModelFileError, match="no format version 0"):
         load_model(saved)
+
+
+def test_version_1_keeps_its_force_field_and_says_what_to_do_about_the_rest():
+    """The file holds the energy and forces that the code of its time gave."""
+    model = load_model(Path(__file__).parents[1] / "data" / "version_1.ccg")
+    assert model.version == 1
+    force_field = ForceField.from_model(model).double()
+    energy, forces = force_field.energy_and_forces(force_field.reference_beads[None])
+    assert energy.item() == pytest.approx(model.provenance["energy_eV"], abs=1e-12)
+    np.testing.assert_allclose(
+        forces[0].detach(), model.provenance["forces_eV_per_A"], rtol=0, atol=1e-11
+    )
+    with pytest.raises(ModelFileError, match=r"'backmapper'.*before model format 2.*retrain"):
+        model.restore("backmapper", ForceField)
+
+
+def test_a_map_to_torsions(tmp_path, ala2_topology):
+    torsions = TorsionMap(ala2_topology, [[4, 6, 8, 14], [6, 8, 14, 16]], ("phi", "psi"))
+    save_model(tmp_path / "torsions.ccg", cg_map=torsions, temperature_K=300.0, parts={})
+    model = load_model(tmp_path / "torsions.ccg")
+    assert model.cg_map == torsions
+    with pytest.raises(ModelFileError, match="no 'force_field'"):
+        ForceField.from_model(model)
 
 
 def test_parts(saved, force_field):

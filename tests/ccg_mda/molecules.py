@@ -48,7 +48,7 @@ class GaussianBackmapper(torch.nn.Module):
     def sample_noise(self, rng, shape=()):
         return torch.from_numpy(rng.normal(size=(*shape, self.n_dof)))
 
-    def forward(self, beads, *, temperature_K=None):
+    def forward(self, beads, *, temperature_K=None, box=None):
         assert beads.dtype == torch.float64
         assert torch.get_num_threads() == 1
         self.n_rows += beads.shape[0]

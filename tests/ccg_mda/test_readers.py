@@ -115,10 +115,14 @@ def test_look_ahead_leaves_the_frame(the_map):
     u = host(coarse_grain(dipeptide(N), the_map), the_map, n_samples=2)
     ts = u.trajectory[3]
     before = ts.positions.copy()
-    beads, keys = u.trajectory.look_ahead(range(4, 9))
-    assert keys == [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)]
+    coming = u.trajectory.look_ahead(range(4, 9))
+    assert [frame[2:] for frame in coming] == [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)]
     np.testing.assert_array_equal(ts.positions, before)
-    np.testing.assert_array_equal(beads[2], u.trajectory[6].data["beads"])
+    np.testing.assert_array_equal(coming[2].beads, u.trajectory[6].data["beads"])
+    assert coming[0].dimensions is None
+    boxed = dipeptide(2, dimensions=np.array([[30, 31, 32, 90, 90, 90], [33, 31, 32, 90, 90, 90]]))
+    ahead = host(coarse_grain(boxed, the_map), the_map, n_samples=2).trajectory.look_ahead([1, 2])
+    assert [frame.dimensions[0] for frame in ahead] == [30, 33]
 
 
 def test_one_frame_source(the_map):

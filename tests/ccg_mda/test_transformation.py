@@ -9,8 +9,11 @@ from ase import units
 from MDAnalysis.analysis.base import AnalysisFromFunction
 from MDAnalysis.analysis.rms import RMSD
 from MDAnalysis.exceptions import NoDataError
+from MDAnalysis.lib.mdamath import triclinic_vectors
 from MDAnalysis.transformations import translate
+from MDAnalysis.transformations.boxdimensions import set_dimensions
 from molecules import N_FRAMES, PDB, GaussianBackmapper, dipeptide, slice_map
+from systems import flow_of, system
 
 from ccg_ase.checkpoint import save_model
 from ccg_ase.units import thermal_energy
@@ -18,7 +21,7 @@ from ccg_mda.flow import Backmapper
 from ccg_mda.potential import TorchPotential
 from ccg_mda.readers import BeadReader
 from ccg_mda.transformation import Backmap, backmap
-from ccg_mda.universe import coarse_grain, universe_from
+from ccg_mda.universe import bead_universe, coarse_grain, universe_from
 from ccg_mda.weights import log_weights
 
 
@@ -328,10 +331,66 @@ def test_broken_frames(model):
     u = backmap(coarse_grain(source, model.cg_map), model, prefetch=1)
     with pytest.raises(ValueError, match="frame 2 are NaN"):
         u.trajectory[2]
-    split = dipeptide(1, dimensions=np.array([[20, 20, 20, 90, 90, 90]]))
-    split.trajectory.get_array()[0, 14:] += [20, 0, 0]
-    with pytest.raises(ValueError, match="unwrap"):
-        backmap(coarse_grain(split, model.cg_map), model)
+    flat = coarse_grain(dipeptide(1, dimensions=FLAT[None]), model.cg_map)
+    with pytest.raises(ValueError, match="no periodic box"):
+        backmap(flat, model)
+
+
+FLAT = np.array([20.0, 20.0, 20.0, 60.0, 60.0, 170.0])
+BOXES = np.array([[14.0, 15.0, 16.0, 90.0, 90.0, 90.0], [15.0, 15.0, 16.0, 80.0, 95.0, 75.0]])
+
+
+@pytest.mark.parametrize("kind", ["two slices", "mass", "two dipeptides", "waters", "rigid waters"])
+def test_in_a_box_molecules_come_out_whole_wherever_the_beads_lie(kind):
+    flow = flow_of(kind)
+    coarse = system(kind).coarse.numpy()[np.arange(6) % 3].astype(np.float32)
+    dimensions = BOXES[np.arange(6) % 2]
+    cells = np.stack([triclinic_vectors(box) for box in dimensions])
+    rng = np.random.default_rng(0)
+    turns = rng.integers(-2, 3, size=(6, coarse.shape[1], 3))
+    wrapped = coarse + np.einsum("fbk,fkc->fbc", turns, cells).astype(np.float32)
+
+    def read_all(beads, **options):
+        u = backmap(
+            bead_universe(beads, flow, dimensions=dimensions), flow, n_samples=2, seed=3, **options
+        )
+        values = [(ts.positions.copy(), ts.data["log_prob"]) for ts in u.trajectory]
+        return u, *map(np.array, zip(*values, strict=True))
+
+    u, positions, log_prob = read_all(wrapped)
+    _, whole, expected = read_all(coarse)
+    np.testing.assert_allclose(log_prob, expected, atol=1e-2)  # stiff, and float32 beads
+    cells = np.repeat(cells, 2, axis=0)
+    turns = np.einsum("fac,fck->fak", positions - whole, np.linalg.inv(cells))
+    np.testing.assert_allclose(turns, np.round(turns), atol=1e-4)
+    molecules = flow.cg_map.atoms.molecules
+    first = np.unique(molecules, return_index=True)[1][molecules]
+    np.testing.assert_array_equal(np.round(turns), np.round(turns[:, first]))
+    _, one_by_one, same = read_all(wrapped, prefetch=1)
+    np.testing.assert_allclose(one_by_one, positions, atol=2e-5)
+    np.testing.assert_allclose(same, log_prob, atol=1e-4)
+    u.trajectory[7]
+    np.testing.assert_array_equal(u.atoms.positions, positions[7])
+    np.testing.assert_allclose(u.dimensions, dimensions[3], rtol=1e-6)
+
+
+def test_a_box_that_a_transformation_gives(u_cg):
+    flow, frames = flow_of("two slices"), system("two slices").frames.numpy()
+    beads = flow.cg_map.apply(frames[:5]).astype(np.float32)
+    u = universe_from(flow.cg_map.atoms)
+    u.load_new(bead_universe(beads, flow), format=BeadReader, cg_map=flow.cg_map)
+    box = set_dimensions([30.0, 30.0, 30.0, 90.0, 90.0, 90.0])
+    u.trajectory.add_transformations(box, Backmap(flow, prefetch=4))
+    plain = read(backmap(bead_universe(beads, flow), flow, prefetch=4))
+    np.testing.assert_allclose(read(u), plain, atol=1e-5)
+    assert u.trajectory.ts.dimensions[0] == 30.0
+
+
+def test_torsions_have_no_bead_trajectory(u_cg):
+    flow = flow_of("torsions")
+    for call in (lambda: Backmap(flow), lambda: backmap(u_cg, flow)):
+        with pytest.raises(ValueError, match="torsions phi, psi, not beads"):
+            call()
 
 
 def test_model_that_breaks_down(u_cg):

@@ -9,7 +9,14 @@ from molecules import BACKBONE, PDB, dipeptide, slice_map
 import ccg_mda
 from ccg_ase.mapping import CGMap
 from ccg_ase.topology import Topology
-from ccg_mda.universe import bead_universe, cg_map, coarse_grain, topology_from, universe_from
+from ccg_mda.universe import (
+    bead_universe,
+    cg_map,
+    coarse_grain,
+    topology_from,
+    torsion_map,
+    universe_from,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,51 @@ def test_topology_guesses_what_is_missing(u):
     assert not hasattr(bare, "bonds")
     with pytest.raises(ValueError, match="neither names nor elements"):
         topology_from(mda.Universe.empty(2))
+
+
+def test_bonds_are_guessed_across_the_border_of_the_box(u):
+    bare = mda.Universe(PDB)
+    bare.dimensions = [20.0, 20.0, 20.0, 90.0, 90.0, 90.0]
+    bare.atoms.positions += 20.0 - bare.atoms.center_of_geometry()
+    bare.atoms.wrap()
+    assert np.ptp(bare.atoms.positions, axis=0).min() > 15
+    bare.atoms.types = [f"{e}X{k}" for k, e in enumerate(bare.atoms.elements)]  # no radius known
+    with pytest.warns(UserWarning, match="guessing"):
+        topology = topology_from(bare)
+    np.testing.assert_array_equal(topology.bonds, topology_from(u).bonds)
+
+
+def test_bonds_that_cannot_be_guessed():
+    strange = mda.Universe.empty(2, trajectory=True)
+    strange.add_TopologyAttr("names", ["QQ1", "QQ2"])
+    with (
+        pytest.warns(UserWarning, match="guessing"),
+        pytest.raises(ValueError, match=r"can't be guessed.*load a topology"),
+    ):
+        topology_from(strange)
+
+
+PHI = ["index 4", "index 6", "index 8", "index 14"]
+
+
+def test_torsion_map(u):
+    torsions = torsion_map(u, {"phi": PHI, "psi": ["index 6", "index 8", "index 14", "index 16"]})
+    assert torsions.names == ("phi", "psi")
+    dihedrals = [u.atoms[list(row)].dihedral.value() for row in torsions.torsions]
+    np.testing.assert_allclose(np.degrees(torsions.apply(u.atoms.positions)), dihedrals, atol=1e-3)
+    inside = torsion_map(u.select_atoms("resname ALA"), {"chi": [f"name {n}" for n in CHI]})
+    assert [inside.atoms.names[i] for i in inside.torsions[0]] == CHI
+    with pytest.raises(ValueError, match="four selections, got 3"):
+        torsion_map(u, {"phi": PHI[:3]})
+    with pytest.raises(ValueError, match=r"'phi': the selection 'name H1' matches 2 atoms"):
+        torsion_map(u, {"phi": [*PHI[:3], "name H1"]})
+    with pytest.raises(ValueError, match="torsions phi, psi, not beads"):
+        coarse_grain(u, torsions)
+    with pytest.raises(ValueError, match="torsions phi, psi, not beads"):
+        bead_universe(np.zeros((1, 2)), torsions)
+
+
+CHI = ["N", "CA", "CB", "HB1"]
 
 
 def test_topology_of_a_reordered_group(u):

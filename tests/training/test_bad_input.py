@@ -117,17 +117,17 @@ def from_files(**arrays) -> str:
         ('"run"\n', '"run"\n[dynamics]\nn_steps = 105\n', ("multiple of save_every = 50",)),
         ('name CA"', 'name CX"', ("'resname ALA and name CX' matches no atoms", "CA CB CH3")),
         ('name CA"', 'nam CA"', ("'nam'", "write e.g.")),
-        (
-            '"resname ALA and name CA"',
-            '"resname ALA and name CA CB"',
-            ("'mass' map", "one atom per bead"),
-        ),
-        (BEADS, '[mapping]\npreset = "residue-com"\n', ("'mass' map", "one atom per bead")),
-        (BEADS, '[mapping]\npreset = "ca"\n', ("1 bead(s)", "needs three", "add beads")),
+        (BEADS, '[mapping]\npreset = "ca"\n', ("no internal coordinate", "add beads")),
+        (BEADS, '[mapping]\npreset = "molecule-com"\n', ("no internal coordinate", "add beads")),
         (
             BEADS,
-            '[mapping.beads]\nA = "name CA"\nB = "name CB"\n',
-            ("2 bead(s)", "needs three", "add beads"),
+            '[mapping.torsions]\nphi = ["name N", "name CA"]\n',
+            ("line 3", "torsions", "at least 4"),
+        ),
+        (
+            BEADS,
+            '[mapping.torsions]\nx = ["name CB", "name CA", "name N", "name H1"]\n',
+            ("torsion 'x'", "'name N' matches 2 atoms"),
         ),
         (
             BEADS,
@@ -153,7 +153,7 @@ def test_disconnected_atoms(folder):
     text = PDB.read_text().replace("CONECT    2    1    3    4    5", "CONECT    2    1    3    4")
     text = text.replace("CONECT    5    2    6    7", "CONECT    5    6    7")
     (folder / PDB.name).write_text(text)
-    refused(TEXT, "2 molecules", "no bead: 4 atoms, ACE:H1", "add missing bonds")
+    refused(TEXT, "4 atoms to no bead: ACE:H1", "add missing bonds")
 
 
 # ------------------------------------------------------------------------- the reference data

@@ -217,6 +217,41 @@ def test_info_shows_map_prior_placement_and_metrics(model_file):
     assert "improper" not in ccg("info", model_file).output
 
 
+def test_info_tells_rotors_and_what_is_held(config_file, tmp_path):
+    cg_map = mapping_of(Config.load(config_file))
+    start = universe_of(Config.load(config_file)).atoms.positions.astype(float)
+    x = start + np.random.default_rng(0).normal(size=(400, 22, 3)) * 0.03
+    arm = x[:, 9] - x[:, 8]  # HA and CA
+    x[:, 9] = x[:, 8] + 1.09 * arm / np.linalg.norm(arm, axis=1, keepdims=True)
+    flow = Backmapper.from_data(cg_map, 300.0, torch.tensor(x), width=8, hops=2)
+    path = tmp_path / "held.ccg"
+    save_model(path, cg_map=cg_map, temperature_K=300.0, parts={"backmapper": flow})
+    text = ccg("info", path, "--placement").output
+    assert "held rigid: bond ALA2:CA-ALA2:HA\n" in text
+    (row,) = [line for line in text.splitlines() if line.lstrip().startswith("ALA2:HA ")]
+    assert row.split()[-1] == "bond"
+    flow = Backmapper.from_config(cg_map, 300.0, {**flow.config, "rotor": [True] * 17})
+    save_model(path, cg_map=cg_map, temperature_K=300.0, parts={"backmapper": flow})
+    assert ccg("info", path, "--placement").output.count(" yes") == 17
+
+
+def test_info_shows_the_placement_before_training(config_file):
+    text = ccg("info", config_file, "--placement").output
+    for words in ("300 K", "22 atoms, 5 beads", "ALA2:HB1", "generation"):
+        assert words in text
+    assert "generation" not in ccg("info", config_file).output
+    head, rest = config_file.read_text().split("[mapping.beads]")
+    groups = '[mapping.beads]\nACE = "resname ACE"\nALA = "resname ALA"\nNME = "resname NME"\n'
+    config_file.write_text(head + groups + rest[rest.index("\n[") :])
+    text = ccg("info", config_file, "--placement").output
+    assert "22 atoms, 3 beads" in text
+    assert "moves with" in text
+    assert "bead NME" in text
+    checked = ccg("check", config_file).output
+    assert "22 atoms, 3 beads (centres of mass)" in checked
+    assert "19 atoms in" in checked
+
+
 @pytest.mark.parametrize("suffix", ["xtc", "pdb"])
 def test_backmap_writes_atoms_densities_and_weights(model_file, config_file, tmp_path, suffix):
     config = Config.load(config_file)

@@ -62,6 +62,18 @@ def test_differences_name_the_key_and_see_the_order_of_beads(write):
     assert len(one.differences(two)) == 1
 
 
+def test_torsions_and_weighting(write):
+    head = '[system]\ntopology = "molecule.pdb"\n'
+    row = '["name C", "name N", "name CA", "name C"]'
+    config = Config.load(write(head + f"[mapping.torsions]\nphi = {row}\npsi = {row}\n"))
+    assert list(config.mapping.torsions) == ["phi", "psi"]
+    assert Config.load(write(config.to_toml())) == config
+    config = Config.load(
+        write(head + '[mapping]\npreset = "residue-com"\nweighting = "geometry"\n')
+    )
+    assert Config.load(write(config.to_toml())) == config
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -14,9 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ccg_ase import CGCalculator, load_model
+from ccg_ase import CGCalculator, ForceField, load_model
 from ccg_mda import Backmapper
 from ccg_training.cli import INTERRUPTED, app
+from ccg_training.labels import Labels
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "alanine_dipeptide"
 # As little of everything as the stages accept: what comes out is no use, but it is complete.
@@ -38,6 +39,7 @@ walkers = 1
 width = 8
 hops = 2
 likelihood_epochs = 4
+coordinate_steps = 4
 force_steps = 6
 refit_steps = 4
 batch_size = 32
@@ -138,6 +140,62 @@ def test_a_finished_run_is_finished(whole):
     assert done.exit_code == 0, done.output
     changed = {path for path, when in before.items() if path.stat().st_mtime_ns != when}
     assert changed == {whole / "config.toml"}
+
+
+def train_again(whole: Path, folder: Path, mapping: str) -> Path:
+    """Train with another mapping, one turn of the loop, on the frames of the whole run."""
+    head, rest = CONFIG.split("[mapping.beads]")
+    _, rest = rest.split("[flow]")
+    reference = f'[reference]\nsource = "trajectory"\nfiles = ["{whole / "reference.npz"}"]\n'
+    text = f"{head}{mapping}{reference}[flow]{rest}".replace("[cycle]", "[cycle]\niterations = 1")
+    (folder / "cycle.toml").write_text(text)
+    done = train(folder)
+    assert done.exit_code == 0, done.output
+    return folder / "run"
+
+
+CENTRES = """[mapping.beads]
+ACE = "resname ACE and not name O"
+ALA = "resname ALA and name N H CA HA C O"
+CB = "resname ALA and name CB HB*"
+NME = "resname NME"
+"""
+
+
+@pytest.mark.parametrize("weighting", ["mass", "geometry"])
+def test_beads_at_centres_of_groups(whole, tmp_path, weighting):
+    run = train_again(whole, tmp_path, f'[mapping]\nweighting = "{weighting}"\n{CENTRES}')
+    model = load_model(run / "model.ccg")
+    assert model.cg_map.kind == weighting
+    assert (run / "report.html").is_file()
+    assert "held-out check: ess_mean" in model.metrics
+    assert not any("variance_ratio" in key for key in model.metrics)
+    beads = torch.from_numpy(CGCalculator(ForceField.from_model(model)).atoms().positions)
+    positions = Backmapper.from_model(model)(beads).rsample((5,), np.random.default_rng(0))
+    apart = model.cg_map.apply(positions) - beads
+    assert apart.abs().max() < 1e-10
+
+
+def test_torsions_give_free_energies_and_say_that_there_is_no_force_field(whole, tmp_path):
+    quads = [f'"index {i}"' for i in (4, 6, 8, 14, 16)]
+    rows = {"phi": quads[:4], "psi": quads[1:]}
+    lines = [f"{name} = [{', '.join(row)}]\n" for name, row in rows.items()]
+    run = train_again(whole, tmp_path, "[mapping.torsions]\n" + "".join(lines))
+    assert [r["stage"] for r in records(run)][-4:] == [
+        "flow: forces",
+        "free energies",
+        "labels on frames",
+        "model",
+    ]
+    model = load_model(run / "model.ccg")
+    assert set(model.configs) == {"backmapper"}
+    assert model.cg_map.names == ("phi", "psi")
+    assert not (run / "report.html").exists()
+    with np.load(run / "iteration_0" / "thermodynamics.npz") as table:
+        assert table["torsions"].shape == (6, 2)
+        assert np.isfinite(table["free_energy_eV"]).all()
+    assert Labels.load(run / "iteration_0" / "frame_labels.npz").force.shape == (100, 2)
+    assert train(tmp_path, "--resume").exit_code == 0
 
 
 class Interrupted:

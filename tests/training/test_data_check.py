@@ -6,8 +6,10 @@ from ase import units
 
 from ccg_ase.mapping import CGMap
 from ccg_ase.topology import Topology
+from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
-from ccg_training.data_check import check, refuse_faults
+from ccg_training.data_check import check
+from ccg_training.findings import refuse_faults
 from ccg_training.reference import ReferenceData, ReferenceDataError
 
 T = 300.0
@@ -175,14 +177,42 @@ def test_missing_forces_are_a_warning(data, cg_map):
     assert (fault.level, fault.title) == ("warning", "no forces")
 
 
-def test_rigid_bonds(data, cg_map):
+def with_rigid_first_bond(data):
     positions = data.positions.copy()
     arm = positions[:, 1] - positions[:, 0]
     positions[:, 1] = positions[:, 0] + 1.5 * arm / np.linalg.norm(arm, axis=1, keepdims=True)
-    fault = only_fault(check(changed(data, positions=positions), cg_map, T))
-    assert fault.title == "rigid bonds"
-    assert "1 of 4 bonds" in fault.detail
+    return positions
+
+
+def test_rigid_bonds_are_a_warning_and_equipartition_is_not_asked(data, cg_map):
+    positions = with_rigid_first_bond(data)
+    findings = check(changed(data, positions=positions), cg_map, T)
+    fault = only_fault(findings)
+    assert (fault.level, fault.title) == ("warning", "rigid bonds")
+    assert "1 of 4 bonds and 0 angles" in fault.detail
     assert "C1-C2" in fault.detail
+    assert "metric" in fault.detail
+    assert "forces fit the temperature" not in {finding.title for finding in findings}
+    refuse_faults(findings)
+
+
+def test_rigid_angles(data, cg_map):
+    positions = with_rigid_first_bond(data)
+    x1, x2, x3 = (positions[:, k] for k in range(3))
+    out = (x1 - x2) / np.linalg.norm(x1 - x2, axis=1, keepdims=True)
+    side = x3 - x2 - out * ((x3 - x2) * out).sum(1, keepdims=True)
+    side /= np.linalg.norm(side, axis=1, keepdims=True)
+    positions[:, 2] = x2 + 1.5 * (np.cos(1.9) * out + np.sin(1.9) * side)
+    fault = only_fault(check(ReferenceData(positions), cg_map, T, None)[:-2])
+    assert "2 of 4 bonds and 1 angles" in fault.detail
+    assert "C1-C2-C3" in fault.detail
+
+
+def test_a_rigid_bond_between_beads(data, topology):
+    rigid = changed(data, positions=with_rigid_first_bond(data))
+    slices = CGMap.from_slices(topology, [0, 1, 4])
+    titles = [fault.title for fault in faults(check(rigid, slices, T))]
+    assert titles == ["rigid bonds", "rigid bonds between beads"]
 
 
 def test_a_molecule_split_by_a_box(data, cg_map):
@@ -196,18 +226,35 @@ def test_a_molecule_split_by_a_box(data, cg_map):
 def test_atoms_that_the_map_misses(topology):
     parts = Topology(names=topology.names, masses=topology.masses, bonds=[(0, 1), (1, 2), (3, 4)])
     fault = only_fault(check(draw(), CGMap.from_slices(parts, [0, 2]), T))
-    assert fault.title == "number of molecules"
+    assert fault.title == "atoms without a bead"
     assert "MOL:C4, MOL:C5" in fault.detail
 
 
+def test_several_molecules(topology):
+    parts = Topology(names=topology.names, masses=topology.masses, bonds=[(0, 1), (1, 2), (3, 4)])
+    fault = only_fault(check(draw(), CGMap.from_slices(parts, [0, 2, 3]), T))
+    assert fault.title == "number of molecules"
+
+
 def test_too_few_beads(data, topology):
-    fault = only_fault(check(data, CGMap.from_slices(topology, [0, 2]), T))
+    fault = only_fault(check(data, CGMap.from_slices(topology, [0]), T))
     assert fault.title == "number of beads"
 
 
-def test_a_map_that_training_does_not_support(data, topology):
-    groups = CGMap.from_groups(topology, [[0, 1], [2, 3, 4]], weighting="geometry")
-    assert only_fault(check(data, groups, T)).title == "kind of mapping"
+@pytest.mark.parametrize("weighting", ["mass", "geometry"])
+def test_centres_are_fine(data, topology, weighting):
+    heavier = Topology.from_dict({**topology.to_dict(), "masses": [12.0, 13.0, 12.0, 1.0, 12.0]})
+    groups = CGMap.from_groups(heavier, [[0, 1], [2, 3]], weighting=weighting)
+    findings = check(data, groups, T, Springs())
+    assert faults(findings) == []
+    assert f"centres of {weighting}" in findings[0].detail
+
+
+def test_torsions_are_fine(data, topology):
+    torsions = TorsionMap(topology, [[0, 1, 2, 3], [1, 2, 3, 4]], ("a", "b"))
+    findings = check(data, torsions, T, Springs())
+    assert faults(findings) == []
+    assert "torsions: a, b" in findings[0].detail
 
 
 def test_another_number_of_atoms(data, cg_map):

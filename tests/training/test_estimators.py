@@ -5,6 +5,7 @@ import pytest
 import torch
 from linear_gaussian import GaussianBackmapper, LinearGaussian
 
+from ccg_mda.bounds import sandwich
 from ccg_mda.weights import effective_sample_size, log_mean_exp
 from ccg_training.estimators import (
     at_temperature,
@@ -12,7 +13,6 @@ from ccg_training.estimators import (
     label_variance,
     log_partition,
     mean_force,
-    sandwich,
     thermodynamics,
     to_kJ_per_mol,
     two_level_weights,

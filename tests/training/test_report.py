@@ -6,8 +6,10 @@ import re
 import numpy as np
 import pytest
 
+from ccg_mda.diagnostics import StructureProbe, WeightQuality
+from ccg_mda.structure import StructureReference
 from ccg_training import figures, figures_run
-from ccg_training.report import PLATES, ReportError, read_metrics, render, write_report
+from ccg_training.report import PLATES, TABLES, ReportError, read_metrics, render, write_report
 from ccg_training.report_data import ReportData
 from ccg_training.verdicts import headline, judge
 
@@ -45,6 +47,8 @@ def made(n=40_000, **changes):
         ess_rare=np.arange(400) % 10 == 0,
         label_variance_slice=rng.lognormal(0, 0.3, 200),
         label_variance=rng.lognormal(-7, 0.3, 200),
+        weight_table=np.array([["gap between bounds of ln Z", "0.1 ± 0.02 nats", "0 is perfect"]]),
+        structure_table=np.array([["clashes, per atom", "22", "0.010%", "0.20%", "H1 <and> H2"]]),
         stage_names=("reference data", "fit flow", "reconstruct"),
         stage_iteration=np.array([0, 0, 1]),
         stage_seconds=np.array([10.0, 20, 3]),
@@ -181,6 +185,30 @@ def test_the_page_is_one_closed_file(good, tmp_path):
     assert len(images) == len(PLATES)
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
     assert len(list((tmp_path / "figures").iterdir())) == len(PLATES)
+
+
+def test_tables_are_shown_where_there_are_rows(good, tmp_path):
+    good.save(tmp_path / "d.npz")
+    page = render(ReportData.load(tmp_path / "d.npz"), [])
+    assert "Structure of the reconstructions" in page
+    assert "<td>0.010%</td><td>0.20%</td><td>H1 &lt;and&gt; H2</td>" in page
+    assert "0.1 ± 0.02 nats" in page
+    assert "Torsions at given bead state" not in page  # its table is empty
+    assert "Structure of the reconstructions" not in render(ReportData(), [])
+
+
+def test_every_table_has_as_many_columns_as_its_header(ala2_topology, ala2_positions):
+    rng = np.random.default_rng(0)
+    x = ala2_positions + rng.normal(scale=0.02, size=(4, 3, 22, 3))
+    probe = StructureProbe(StructureReference.from_frames(ala2_topology, x[:, 0]), 4, 3)
+    probe.add(x, x[:, 0])
+    structure, coverage = probe.finish()
+    quality = WeightQuality.from_log_weights(rng.normal(size=(4, 30)), rng.normal(size=(4, 1)))
+    for table, rows in zip(
+        TABLES, (quality.rows(), structure.rows(), coverage.rows()), strict=True
+    ):
+        assert len(rows) >= 5
+        assert {len(row) for row in rows} == {len(table.header)}, table.name
 
 
 def test_a_run_without_data_is_an_error(tmp_path):

@@ -1,0 +1,229 @@
+"""Train the backmapping flow on a benchmark system and measure it on frames held out.
+
+    export CCG_DATA=... CCG_RUNS=...                       # see systems.py and simulate.py
+    python backmapping.py alanine_slices --seeds 0 1 2      # train, measure, print; 3 seeds
+    python backmapping.py alanine_slices --frames 20000
+    python backmapping.py alanine_torsions
+    python backmapping.py alanine_slices --rare 100000      # then 1e5 calls at states of all bins
+
+Training uses stored frames only, with their forces where there are any. Seconds are of the process
+(one core), so that a busy machine doesn't change them. Figures of the last release: README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import simulate
+import systems
+import torch
+
+from ccg_ase.checkpoint import save_model
+from ccg_ase.forcefield import ForceField
+from ccg_ase.prior import Prior
+from ccg_ase.torsion_map import TorsionMap
+from ccg_mda.flow import Backmapper
+from ccg_mda.weights import effective_sample_size
+from ccg_training.estimators import label_variance, to_kJ_per_mol
+from ccg_training.evaluation import bead_energies
+from ccg_training.fit_flow import (
+    LIKELIHOOD_ONLY,
+    FlowFrames,
+    FlowLoss,
+    fit_flow,
+    without_free_energy,
+)
+from ccg_training.fit_forcefield import FitSettings, fit_force_field
+from ccg_training.labels import Labels
+from ccg_training.reconstruction import pull_back_frames, reconstruct
+from ccg_training.reference import ReferenceData
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long each stage of training is, and the architecture."""
+
+    likelihood_steps: int = 1100
+    coordinate_steps: int = 1000
+    force_steps: int = 500
+    batch_size: int = 256
+    n_labels: int = 20_000
+    architecture: dict = field(default_factory=lambda: {"width": 64, "n_layers": 3, "hops": 12})
+
+
+RECIPES = {
+    "ethane": Recipe(600, 400, 200),
+    "chignolin": Recipe(1500, 600, 200, 64, 4000, {"width": 64, "n_layers": 3, "hops": 6}),
+    "adenylate_kinase": Recipe(600, 0, 0, 4, 0, {"width": 16, "hops": 3, "channels": 2}),
+}
+
+
+def load(name: str) -> systems.System:
+    """Load a benchmark system; alanine dipeptide by its torsions φ and ψ is made here."""
+    if name != "alanine_torsions":
+        return systems.load(name)
+    system = systems.load("alanine_slices")
+    atoms = system.cg_map.atoms
+    phi_psi = TorsionMap(atoms, [[4, 6, 8, 14], [6, 8, 14, 16]], ("phi", "psi"))
+    return replace(system, name=name, cg_map=phi_psi)
+
+
+def train(
+    system: systems.System, data: ReferenceData, recipe: Recipe, seed: int
+) -> tuple[Backmapper, ForceField | None]:
+    """Fit by likelihood, then a bead force field to the flow's labels, then by forces."""
+    m, kelvin = system.cg_map, system.temperature_K
+    torch.manual_seed(seed)
+    flow = Backmapper.from_data(m, kelvin, torch.from_numpy(data.positions), **recipe.architecture)
+    every = np.ones(len(data))
+    fit_flow(
+        flow,
+        FlowFrames(data.positions, every),
+        terms=LIKELIHOOD_ONLY,
+        steps=recipe.likelihood_steps,
+        batch_size=2 * recipe.batch_size,
+        learning_rate=2e-3,
+        seed=seed,
+        clip=5.0,
+        progress=show,
+    )
+    if data.forces is None or not recipe.force_steps:
+        return flow, None
+    frames, terms, force_field = FlowFrames(data.positions, every, data.forces), FlowLoss(), None
+    if isinstance(m, TorsionMap):
+        terms = without_free_energy(terms)
+    else:
+        force_field = fit_beads(flow, data, recipe, seed)
+        energy, force = bead_energies(force_field, m.apply(data.positions))
+        frames = replace(frames, energy=data.energy, bead_force=force, free_energy=energy)
+    along = replace(
+        terms,
+        noise_force=0.0,
+        label=0.0,
+        coordinate_force=terms.noise_force,
+        coordinate_label=terms.label,
+    )
+    stages = ((along, recipe.coordinate_steps, 2e-3), (terms, recipe.force_steps, 1e-3))
+    for k, (loss, steps, rate) in enumerate(stages):
+        fit_flow(
+            flow,
+            frames,
+            terms=loss,
+            steps=steps,
+            batch_size=recipe.batch_size,
+            learning_rate=rate,
+            seed=seed + 1000 * k,
+            progress=show,
+        )
+    return flow, force_field
+
+
+def fit_beads(flow: Backmapper, data: ReferenceData, recipe: Recipe, seed: int) -> ForceField:
+    """Fit a bead force field to the mean-force labels of stored frames."""
+    m, kelvin = flow.cg_map, flow.temperature_K
+    beads = m.apply(data.positions)
+    some = data[np.linspace(0, len(data) - 1, min(recipe.n_labels, len(data))).astype(int)]
+    labelled = pull_back_frames(flow, some.positions, some.energy, some.forces)
+    force = labelled.labels[:, 0]
+    variance = np.full(len(some), np.median(np.var(force, axis=0)))
+    prior = Prior.fit(beads, m.beads, kelvin)
+    force_field = ForceField(m, kelvin, prior, channels=8, reference_beads=beads[0])
+    labels = Labels(labelled.beads, force, variance)
+    fit_force_field(force_field, *labels.split(seed=seed), FitSettings(steps=800, seed=seed))
+    return force_field
+
+
+def show(step: int, steps: int, values: dict[str, float]) -> None:
+    if step % max(1, steps // 10) == 0:
+        text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(f"    {step}/{steps} {text}", flush=True)
+
+
+def measure(
+    system: systems.System, flow: Backmapper, states: np.ndarray, n_samples: int, seed: int
+) -> dict[str, float]:
+    """Effective sample size and label variance at the states of given frames."""
+    coarse = system.cg_map.apply(system.held_out.positions[states])
+    rng = np.random.default_rng(seed)
+    ess, variance, slices = [], [], []
+    for piece in np.array_split(coarse, max(1, len(coarse) // 5)):
+        samples = reconstruct(flow, system.potential, piece, n_samples, rng)
+        ess.append(effective_sample_size(samples.log_weight, axis=1))
+        variance.append(label_variance(samples.log_weight, samples.labels))
+        if getattr(system.cg_map, "kind", "") == "slice":
+            slices.append(label_variance(samples.log_weight, samples.slice_labels))
+    ess = np.concatenate(ess)
+    found = {"ess": ess.mean(), "ess_median": np.median(ess), "ess_p5": np.percentile(ess, 5)}
+    if slices:
+        found["label_variance"] = to_kJ_per_mol(1.0) ** 2 * np.concatenate(variance).mean()
+        found["variance_ratio"] = np.concatenate(slices).mean() / np.concatenate(variance).mean()
+    return {name: float(value) for name, value in found.items()}
+
+
+def bins(system: systems.System, rng: np.random.Generator, width: float) -> np.ndarray:
+    """Return one random held-out frame of each populated bin of (φ, ψ)."""
+    phi_psi = TorsionMap(system.cg_map.atoms, [[4, 6, 8, 14], [6, 8, 14, 16]])
+    angles = np.floor(np.degrees(phi_psi.apply(system.held_out.positions)) / width).astype(int)
+    shuffled = rng.permutation(len(angles))
+    _, first = np.unique(angles[shuffled], axis=0, return_index=True)
+    return shuffled[first]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("system", help=" ".join([*systems.SYSTEMS, "alanine_torsions"]))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--frames", type=int, help="train on the first so many frames only")
+    parser.add_argument("--states", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--set", nargs="*", default=[], help="recipe: force_steps=600 width=32")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    system = load(args.system)
+    recipe = RECIPES.get(args.system, Recipe())
+    for text in args.set:
+        key, value = text.split("=")
+        if hasattr(recipe, key):
+            recipe = replace(recipe, **{key: int(value)})
+        else:
+            recipe = replace(recipe, architecture={**recipe.architecture, key: int(value)})
+    data = system.data if args.frames is None else system.data[: args.frames]
+    folder = simulate.folder(None, "CCG_RUNS") / "models"
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for seed in args.seeds:
+        start = time.process_time()
+        flow, force_field = train(system, data, recipe, seed)
+        found = {"train_s": time.process_time() - start}
+        stem = f"{args.system}_{len(data)}_{seed}"
+        parts = {"backmapper": flow} | ({"force_field": force_field} if force_field else {})
+        save_model(
+            folder / f"{stem}.ccg",
+            cg_map=system.cg_map,
+            temperature_K=system.temperature_K,
+            parts=parts,
+        )
+        rng = np.random.default_rng(seed)
+        if system.potential is not None:
+            chosen = rng.choice(len(system.held_out), args.states, replace=False)
+            found |= measure(system, flow, chosen, args.samples, seed)
+        if args.system.startswith("alanine"):
+            each = bins(system, rng, 20.0)
+            rare = measure(system, flow, each, args.samples, seed)
+            found |= {f"bins_{k}": v for k, v in rare.items()} | {"bins": len(each)}
+        rows.append(found)
+        print(
+            json.dumps({"system": args.system, "frames": len(data), "seed": seed, **found}),
+            flush=True,
+        )
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows])
+        print(f"{name:24s} {values.mean():10.4g} ± {values.std(ddof=min(1, len(values) - 1)):.2g}")
+
+
+if __name__ == "__main__":
+    main()

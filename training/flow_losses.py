@@ -1,0 +1,229 @@
+"""What a flow is fitted to: the terms of its loss on frames, and mixtures of them by name.
+
+On a frame (x, s) with stored force and energy, after `flow_recipe.md`; ln w = -U/kT - ln q:
+
+- ``likelihood``   -ln q(x|s): forward KL.
+- ``noise_force``  |∇_z ln w|² at x(z, s), in the noise z: zero everywhere if q is exact.
+- ``label``        |f - f(s)|², the scatter of the pulled-back label f = kT ∇_s ln w at fixed noise
+  around the bead force: zero everywhere if q and the bead force are exact.
+- ``energy``       (ln w + F(s)/kT - c)², Huber: zero everywhere if both models are exact.
+- ``coordinate_force``, ``coordinate_label``  the same as ``noise_force`` and ``label``, but along
+  each internal coordinate, in units of its width, and along s at fixed internal coordinates: zero
+  where those are, and a third of their cost, since no pass through the generations is needed.
+
+The noise is a function of x *with its graph*: detached, x would move with the parameters while its
+force stays behind. The terms on the flow's own samples are in :mod:`.own_samples`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ccg_ase.units import thermal_energy
+from ccg_mda.flow import Backmapper
+
+from .flow_frames import conditions
+
+_HUBER_KT = 4.0  # residuals of ln w beyond this count linearly
+_LOG_2PI = math.log(2.0 * math.pi)
+
+
+@dataclass(frozen=True)
+class FlowLoss:
+    """Weights of the terms of the loss; the defaults are those of `flow_recipe.md`, run FB.
+
+    Attributes
+    ----------
+    likelihood, noise_force, label, energy, coordinate_force, coordinate_label
+        On frames. The likelihood and the energy count per degree of freedom.
+    log_variance, reverse_kl, weighted_kl
+        On own samples, per degree of freedom. Near q = p, weights of 1/2, 1 and 1 give the same
+        expected gradient.
+    """
+
+    likelihood: float = 1.0
+    noise_force: float = 2.0
+    label: float = 0.03
+    energy: float = 10.0
+    coordinate_force: float = 0.0
+    coordinate_label: float = 0.0
+    log_variance: float = 0.0
+    reverse_kl: float = 0.0
+    weighted_kl: float = 0.0
+
+    @property
+    def needs_labels(self) -> bool:
+        """True if any term compares with the force on the coarse variables."""
+        return bool(self.label or self.coordinate_label)
+
+    @property
+    def needs_forces(self) -> bool:
+        """True if any term compares with the forces on the atoms."""
+        return bool(self.noise_force or self.coordinate_force or self.needs_labels)
+
+    @property
+    def needs_samples(self) -> bool:
+        """True if any term spends energy calls on samples of the flow."""
+        return bool(self.log_variance or self.reverse_kl or self.weighted_kl)
+
+    @classmethod
+    def named(cls, name: str) -> FlowLoss:
+        """Return a tested mixture; the names are those of `NAMED_LOSSES`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such mixture.
+        """
+        if name not in NAMED_LOSSES:
+            raise ValueError(f"no flow loss is named {name!r}: choose {', '.join(NAMED_LOSSES)}")
+        return NAMED_LOSSES[name]
+
+
+LIKELIHOOD_ONLY = FlowLoss(noise_force=0.0, label=0.0, energy=0.0)
+NAMED_LOSSES = {
+    "likelihood": LIKELIHOOD_ONLY,
+    "energy": FlowLoss(noise_force=0.0, label=0.0),
+    "noise_force": FlowLoss(label=0.0, energy=0.0),
+    "label": FlowLoss(noise_force=0.0, energy=0.0),
+    "forces": FlowLoss(energy=0.0),
+    "forces+energy": FlowLoss(),
+    "coordinate_forces+energy": FlowLoss(
+        noise_force=0.0, label=0.0, coordinate_force=2.0, coordinate_label=0.03
+    ),
+    "log_variance": FlowLoss(noise_force=0.0, label=0.0, energy=0.0, log_variance=0.5),
+    "reverse_kl": FlowLoss(noise_force=0.0, label=0.0, energy=0.0, reverse_kl=1.0),
+    "weighted_kl": FlowLoss(noise_force=0.0, label=0.0, energy=0.0, weighted_kl=1.0),
+    "forces+log_variance": FlowLoss(log_variance=0.5),
+    "forces+reverse_kl": FlowLoss(reverse_kl=1.0),
+    "forces+weighted_kl": FlowLoss(weighted_kl=1.0),
+}
+
+
+def without_free_energy(terms: FlowLoss) -> FlowLoss:
+    """Return a mixture less the terms that need a force or a free energy of the beads."""
+    return replace(terms, label=0.0, coordinate_label=0.0, energy=0.0)
+
+
+def total(terms: FlowLoss, values: dict[str, Tensor]) -> Tensor:
+    """Return the weighted sum of some terms."""
+    return sum(getattr(terms, name) * value for name, value in values.items())
+
+
+def flow_loss(
+    flow: Backmapper,
+    batch: dict[str, Tensor],
+    terms: FlowLoss,
+    free_energy: nn.Module | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss of a batch and the value of each of its terms.
+
+    Parameters
+    ----------
+    flow
+        The backmapper, in the batch's precision.
+    batch
+        ``positions`` (n, n_atoms, 3) and ``weight`` (n,); ``forces`` in kT/Å for the force terms;
+        ``bead_force`` in kT/Å for the label; ``excess_energy`` (U - F)/kT for the energy term, or
+        ``energy`` U/kT. ``temperature_K`` (n,) and ``box`` (n, 3, 3) if the flow is conditioned
+        on them.
+    terms
+        Weights of the terms.
+    free_energy
+        Model of F(s) in eV, called with the coarse variables: stands in for ``bead_force`` and F
+        where the batch lacks them, and learns along (theory 5.4).
+    """
+    weight, given = batch["weight"], conditions(batch)
+    positions = batch["positions"]
+    coarse = flow.cg_map.apply(positions)
+    along = bool(terms.coordinate_force or terms.coordinate_label)
+    if along:
+        positions, coarse = positions.clone().requires_grad_(), coarse.requires_grad_()
+    noise, log_p, log_q = flow.to_noise_terms(positions, coarse, **given)
+    values = {"likelihood": -(weight * log_q).mean() / flow.n_dof}
+    bounded = weight.clamp_max(1.0)  # terms that vanish frame by frame need no unbiased average
+    origin = coarse.detach().requires_grad_()
+    modelled = None
+    if free_energy is not None:
+        modelled = free_energy(origin) / thermal_energy(flow.temperature_K)
+    if terms.energy:
+        excess = batch["excess_energy"] if "excess_energy" in batch else batch["energy"] - modelled
+        log_w = -excess - log_q
+        log_w = log_w - (bounded * log_w).sum().detach() / bounded.sum()
+        huber = nn.functional.huber_loss(
+            log_w, torch.zeros_like(log_w), reduction="none", delta=_HUBER_KT
+        )
+        values["energy"] = (bounded * huber).mean() / flow.n_dof
+    found = {}
+    if terms.noise_force or terms.label:
+        found["noise_force"], found["label"] = _along_noise(
+            flow, noise, origin, batch["forces"], given
+        )
+    if along:
+        found["coordinate_force"], found["coordinate_label"] = _along_coordinates(
+            flow, positions, coarse, noise, log_p, log_q, batch["forces"]
+        )
+    bead_force = batch.get("bead_force")
+    if terms.needs_labels and bead_force is None:
+        (slope,) = torch.autograd.grad(modelled.sum(), origin, create_graph=True)
+        bead_force = -slope
+    for name, force in found.items():
+        if not getattr(terms, name):
+            continue
+        if name.endswith("label"):
+            square = (force - bead_force).square().flatten(1).mean(1)
+        else:
+            # On a rotor's barrier the noise force grows as 1/p: measure it along the angle there.
+            density = torch.exp(log_p.detach() + _LOG_2PI).clamp_max(1.0)
+            force = torch.where(flow.rotor_dof, force * density, force) * flow.active
+            square = force.square().sum((-1, -2)) / flow.n_dof
+        values[name] = (bounded * square).mean()
+    loss = total(terms, values)
+    return loss, {name: float(value.detach()) for name, value in values.items()}
+
+
+def _along_noise(
+    flow: Backmapper,
+    noise: Tensor,
+    origin: Tensor,
+    forces: Tensor,
+    given: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ln w along the noise and, at fixed noise, along s."""
+    learns = noise.requires_grad
+    noise = noise if learns else noise.requires_grad_()
+    positions, log_q = flow.from_noise(origin, noise, **given)
+    work = (positions * forces).sum()
+    noise_force, label = torch.autograd.grad(
+        work - log_q.sum(), [noise, origin], create_graph=learns
+    )
+    return noise_force, label
+
+
+def _along_coordinates(
+    flow: Backmapper,
+    positions: Tensor,
+    coarse: Tensor,
+    noise: Tensor,
+    log_p: Tensor,
+    log_q: Tensor,
+    forces: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ln w along internal coordinates and, at fixed ones, along s.
+
+    With x = x(y, s) of internal coordinates y, a map without parameters: ∇_y ln w = (∂x/∂y)ᵀ g,
+    g = -∇U/kT - ∇_x ln q(x|s), scaled by the width |∂y/∂z| of each coordinate.
+    """
+    g, along_s = torch.autograd.grad(log_q.sum(), [positions, coarse], create_graph=True)
+    x, s = positions.detach(), coarse.detach()
+    y = flow.internal_coordinates(x, s).requires_grad_()
+    normal = -0.5 * (noise.square() + _LOG_2PI)
+    width = torch.exp(torch.where(flow.rotor_dof, -_LOG_2PI, normal) - log_p)
+    s.requires_grad_()
+    placed = flow.place_atoms(y, s)
+    force, label = torch.autograd.grad((placed * (forces - g)).sum(), [y, s], create_graph=True)
+    return force * width, label - along_s
