@@ -28,6 +28,7 @@ from .transforms import N_PARAMETERS
 N_HARMONICS = 3  # of an angle where it conditions something
 _N_INNER = 3 + 2 * N_HARMONICS
 _LEAST_SPREAD_A = 0.01
+_ROWS = 8192  # blocks times frames that are worked on at a time: some megabytes
 
 
 def harmonics(angle: Tensor) -> Tensor:
@@ -35,6 +36,14 @@ def harmonics(angle: Tensor) -> Tensor:
     orders = torch.arange(1, N_HARMONICS + 1, dtype=angle.dtype, device=angle.device)
     waves = angle[..., None] * orders
     return torch.cat([torch.cos(waves), torch.sin(waves)], -1)
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """Return rows (batch, n, ...) by index (block, source), as (block, batch, source, ...)."""
+    batch, n = rows.shape[:2]
+    starts = torch.arange(batch, device=rows.device) * n
+    flat = rows.flatten(0, 1).index_select(0, (index[:, None] + starts[:, None]).flatten())
+    return flat.view(len(index), batch, index.shape[1], *rows.shape[2:])
 
 
 class _Edges(nn.Module):
@@ -45,23 +54,26 @@ class _Edges(nn.Module):
         self.register_buffer("source", torch.tensor(np.maximum(source, 0)), persistent=False)
         self.register_buffer("edge", torch.tensor(np.maximum(edge, 0)), persistent=False)
         self.register_buffer("present", torch.tensor(source >= 0), persistent=False)
-        self.used = bool((source >= 0).any())
+        self.register_buffer("count", self.present.sum(1), persistent=False)
         n_edges = max(1, int(edge.max(initial=-1)) + 1)
         fan_in = n_in * max(1, source.shape[1])
         self.weight = nn.Parameter(torch.randn(n_edges, n_in, n_out) / fan_in**0.5)
         self.register_buffer("location", torch.zeros(n_edges, 3))
         self.register_buffer("scale", torch.ones(n_edges, 3))
 
-    def scaled(self, vectors: Tensor, blocks: Tensor) -> Tensor:
-        """Standardise vectors in the local frame by the statistics of their kind of edge."""
-        edge = self.edge[blocks]
-        return (vectors - self.location[edge]) / self.scale[edge]
+    def sources(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return source, kind of edge and presence, padded to the most that a block has here."""
+        most = int(self.count[blocks].max()) if len(blocks) else 0
+        return tuple(a[blocks, :most] for a in (self.source, self.edge, self.present))
 
-    def forward(self, features: Tensor, blocks: Tensor) -> Tensor:
-        """Map (batch, block, source, n_in) to (batch, block, n_out)."""
-        weight = self.weight[self.edge[blocks]] * self.present[blocks][..., None, None]
-        flat = features.flatten(2).transpose(0, 1).to(weight.dtype)
-        return torch.bmm(flat, weight.flatten(1, 2)).transpose(0, 1)
+    def scaled(self, vectors: Tensor, edge: Tensor) -> Tensor:
+        """Standardise vectors (block, batch, source, 3) by the statistics of their edges."""
+        return (vectors - self.location[edge][:, None]) / self.scale[edge][:, None]
+
+    def forward(self, features: Tensor, edge: Tensor, present: Tensor) -> Tensor:
+        """Map (block, batch, source, n_in) to (block, batch, n_out)."""
+        weight = self.weight[edge] * present[..., None, None]
+        return torch.bmm(features.flatten(2), weight.flatten(1, 2))
 
     @torch.no_grad()
     def set_statistics(self, vectors: Tensor) -> None:
@@ -117,12 +129,14 @@ class Conditioner(nn.Module):
         }
         self.blocks = blocks = Blocks(cg_map, placement, rotor, hops, bead_hops)
         self.n_beads = getattr(cg_map, "n_beads", 0)
+        seen = [(a >= 0).sum(1) for a in (blocks.bead_source, blocks.atom_source)]
         index = {
             "slot": blocks.slot,
             "circular": blocks.circular,
             "kind": blocks.kind,
             "references": placement.references[blocks.slot],
             "atom_slot": np.maximum(blocks.atom_slot, 0),
+            "rank": np.argsort(np.lexsort(seen), kind="stable"),
         }
         for name, value in index.items():
             self.register_buffer(name, torch.as_tensor(value), persistent=False)
@@ -162,35 +176,24 @@ class Conditioner(nn.Module):
         features = self.graph.features(self.encoder, beads.to(self.bias.dtype), box)
         return features.permute(3, 2, 0, 1)
 
-    def _local(self, points: Tensor, origin: Tensor, frame: Tensor, blocks: Tensor) -> Tensor:
-        """Rotate source points (batch, block, source, 3) into the frames of the queries."""
-        local = torch.einsum("bqkc,bqsc->bqsk", frame, points - origin[:, :, None])
-        return local * self.axes[blocks][:, None]
+    def _local(self, vectors: Tensor, frame: Tensor, blocks: Tensor) -> Tensor:
+        """Rotate vectors (block, batch, source, 3) into the frames (block, batch, 3, 3)."""
+        return torch.matmul(vectors, frame.mT) * self.axes[blocks][:, None, None]
 
-    def _bead_features(self, origin, frame, points, encoded, blocks) -> Tensor:
-        source = self.from_beads.source[blocks]
-        local = self._local(points[:, source], origin, frame, blocks)
+    def _bead_features(self, local, frame, encoded, edge, blocks) -> Tensor:
+        """Return what beads at local vectors tell, (block, batch, source, n_in)."""
+        dtype = self.bias.dtype
+        scaled, local = self.from_beads.scaled(local, edge).to(dtype), local.to(dtype)
         # Solid harmonics of the saturated vector: smooth also where the bead is the origin.
         saturated = local * torch.rsqrt(1.0 + local.square().sum(-1, keepdim=True))
-        quadrupole = o3.spherical_harmonics(2, saturated, normalize=False)
-        parts = [self.from_beads.scaled(local, blocks), quadrupole]
+        parts = [scaled, o3.spherical_harmonics(2, saturated, normalize=False)]
         if encoded is not None:
-            scalars, vectors = self._split(encoded[:, source].to(local.dtype))
-            axes = self.axes[blocks][:, None, None, :, None]
-            rotated = torch.einsum("bqkc,bqsvcm->bqsvkm", frame, vectors) * axes
-            parts += [scalars.flatten(-2), rotated.flatten(-3)]
+            n = self.encoder.n_scalars
+            vectors = encoded[..., n:, :].unflatten(-2, (-1, 3))
+            axes = frame.to(dtype) * self.axes[blocks][:, None, :, None]
+            rotated = torch.einsum("qbkc,qbsvcm->qbsvkm", axes, vectors)
+            parts += [encoded[..., :n, :].flatten(-2), rotated.flatten(-3)]
         return torch.cat(parts, -1)
-
-    def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scalars (..., components, channels) and vectors (..., n_vectors, 3, channels)."""
-        n = self.encoder.n_scalars
-        return encoded[..., :n, :], encoded[..., n:, :].unflatten(-2, (-1, 3))
-
-    def _atom_features(self, origin, frame, points, inner, blocks) -> Tensor:
-        source = self.from_atoms.source[blocks]
-        local = self._local(points[:, source], origin, frame, blocks)
-        inner = inner[:, self.atom_slot[blocks]]
-        return torch.cat([self.from_atoms.scaled(local, blocks), inner], -1)
 
     def forward(
         self,
@@ -229,36 +232,61 @@ class Conditioner(nn.Module):
         parameters, origin, frame
             Shapes (batch, len(blocks), N_PARAMETERS), (..., 3) and (..., 3, 3).
         """
-        dtype = self.bias.dtype
         origin, frame = local_frames(points, self.references[blocks])
-        kind = self.kind[blocks]
-        total = self.bias[kind] + torch.einsum("bqi,qio->bqo", own.to(dtype), self.from_self[kind])
-        if self.from_beads.used:
-            features = self._bead_features(origin, frame, points, encoded, blocks)
-            total = total + self.from_beads(features, blocks)
-        if self.from_atoms.used:
-            features = self._atom_features(origin, frame, points, inner, blocks)
-            total = total + self.from_atoms(features, blocks)
-        if self.from_torsions.used:
-            angles = coarse[:, self.from_torsions.source[blocks]]
-            total = total + self.from_torsions(harmonics(angles), blocks)
+        # Blocks come first, so that they are batched matrix products; those that see equally many
+        # atoms come together, so that little is padded.
+        blocks = blocks.to(self.rank.device)
+        order = torch.argsort(self.rank[blocks])
+        firsts = origin.transpose(0, 1), frame.transpose(0, 1), own.transpose(0, 1)
+        parts = [
+            self._answer(
+                blocks[some], *(a[some] for a in firsts), points, inner, encoded, coarse,
+                log_temperature,
+            )
+            for some in order.split(max(1, _ROWS // max(1, len(points))))
+        ]  # fmt: skip
+        parameters = torch.cat(parts).to(points.dtype)
+        return parameters.transpose(0, 1)[:, torch.argsort(order)], origin, frame
+
+    def _answer(
+        self, blocks, origin, frame, own, points, inner, encoded, coarse, log_temperature
+    ) -> Tensor:
+        """Return the parameters of blocks, (block, batch, N_PARAMETERS); origins etc. are alike."""
+        dtype, kind = self.bias.dtype, self.kind[blocks]
+        total = torch.baddbmm(self.bias[kind][:, None], own.to(dtype), self.from_self[kind])
+        source, edge, present = self.from_beads.sources(blocks)
+        if edge.shape[1]:
+            local = self._local(_gather(points, source) - origin[:, :, None], frame, blocks)
+            seen = None if encoded is None else _gather(encoded, source)
+            features = self._bead_features(local, frame, seen, edge, blocks)
+            total = total + self.from_beads(features, edge, present)
+        source, edge, present = self.from_atoms.sources(blocks)
+        if edge.shape[1]:
+            local = self._local(_gather(points, source) - origin[:, :, None], frame, blocks)
+            scaled = self.from_atoms.scaled(local, edge).to(dtype)
+            slots = self.atom_slot[blocks, : edge.shape[1]]
+            features = torch.cat([scaled, _gather(inner, slots).to(dtype)], -1)
+            total = total + self.from_atoms(features, edge, present)
+        source, edge, present = self.from_torsions.sources(blocks)
+        if edge.shape[1]:
+            features = harmonics(_gather(coarse[..., None], source)[..., 0]).to(dtype)
+            total = total + self.from_torsions(features, edge, present)
         if log_temperature is not None:
-            shift = log_temperature[:, None, None].to(dtype)
-            total = total + shift * self.from_temperature[kind]
+            shift = log_temperature[:, None].to(dtype)
+            total = total + shift * self.from_temperature[kind][:, None]
         hidden, linear = nn.functional.silu(total[..., : self.width]), total[..., self.width :]
         for weight, bias in zip(self.hidden, self.hidden_bias, strict=True):
-            update = torch.einsum("bqi,qio->bqo", hidden, weight[kind]) + bias[kind]
+            update = torch.baddbmm(bias[kind][:, None], hidden, weight[kind])
             hidden = hidden + nn.functional.silu(update)
-        parameters = linear + torch.einsum("bqi,qio->bqo", hidden, self.out[kind])
-        return parameters.to(points.dtype), origin, frame
+        return torch.baddbmm(linear, hidden, self.out[kind])
 
     @torch.no_grad()
     def set_statistics(self, points: Tensor, box: Tensor | None = None) -> None:
         """Standardise the inputs by frames (batch, n_points, 3) and their boxes."""
-        blocks = torch.arange(len(self.slot))
-        origin, frame = local_frames(points, self.references)
+        every = torch.arange(len(self.slot), device=points.device)
+        origin, frame = (a.transpose(0, 1) for a in local_frames(points, self.references))
         for layer in (self.from_beads, self.from_atoms):
-            vectors = self._local(points[:, layer.source], origin, frame, blocks)
-            layer.set_statistics(vectors)
+            vectors = _gather(points, layer.source) - origin[:, :, None]
+            layer.set_statistics(self._local(vectors, frame, every).transpose(0, 1))
         if self.encoder is not None:
             self.graph.set_distance_statistics(self.encoder, points[:, : self.n_beads], box)

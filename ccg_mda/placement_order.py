@@ -10,14 +10,14 @@ of atoms within a residue, so that identical residues are placed alike.
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
 from ccg_ase.mapping import CGMap
 from ccg_ase.topology import Neighbourhood
 from ccg_ase.torsion_map import TorsionMap
 
+from .bead_order import bead_order
+from .lines import Lines
 from .placement import Placement, atom_label
 
 MAX_SEQUENCE = 32
@@ -25,8 +25,6 @@ MAX_SEQUENCE = 32
 
 _NEAR = 4  # bonds within which a reference atom is preferred over a bead centre
 _LEAST_BRANCH = 0.4  # share of a bead's weight that the fragment shifted into place must have
-_LEAST_SINE, _RARELY = 0.1, 0.02  # of the angle between references, in all but a few frames
-_LINEAR_COSINE = -0.966  # 165 degrees
 
 
 def build_placement(
@@ -76,10 +74,7 @@ class _Builder:
         self.heavy = [element != "H" for element in atoms.elements]
         self.near = _rows(atoms.near(np.arange(len(atoms)), max(hops, _NEAR)))
         self.bead_neighbours = cg_map.beads.neighbours() if self.n_beads else []
-        self.frames, self._aligned = None, {}
-        if positions is not None:
-            beads = cg_map.apply(positions) if self.n_beads else positions[:, :0]
-            self.frames = np.concatenate([beads, positions], axis=1)
+        self.lines = Lines(cg_map, positions)
         n = len(atoms)
         self.rank: dict[int, int] = {}  # order in which atoms became known
         self.gen = np.full(n, -1)  # generation of the slot of each atom
@@ -119,39 +114,12 @@ class _Builder:
                 )
             if single[bead]:
                 self._set_root(bead, next(iter(row)))
-        for bead in self._bead_order(cg_map, max_sequence):
+        order, self.colour = bead_order(cg_map, max_sequence)
+        for bead in order:
             if single[bead]:
                 self._grow(members[bead])
             else:
                 self._place_bead(bead, members[bead])
-
-    def _bead_order(self, cg_map: CGMap, max_sequence: int) -> list[int]:
-        """Order beads along each molecule, or by colour in large ones."""
-        shared = len(np.unique(cg_map.atom_index)) < len(cg_map.atom_index)
-        if shared:  # a bead depends on those that own its shared atoms, which come before it
-            return list(range(self.n_beads))
-        seen: set[int] = set()
-        keyed: list[tuple[int, int]] = []
-        for first in range(self.n_beads):
-            if first in seen:
-                continue
-            chain, queue = [], deque([first])
-            seen.add(first)
-            while queue:
-                bead = queue.popleft()
-                chain.append(bead)
-                fresh = [b for b in self.bead_neighbours[bead] if b not in seen]
-                seen.update(fresh)
-                queue.extend(fresh)
-            colour: dict[int, int] = {}
-            for k, bead in enumerate(chain):
-                taken = {colour.get(b) for b in self.bead_neighbours[bead]}
-                free = next(c for c in range(len(taken) + 1) if c not in taken)
-                colour[bead] = k if len(chain) <= max_sequence else free
-                self.colour[bead] = colour[bead] if len(chain) > max_sequence else -1 - bead
-            keyed += [(colour[bead], k) for k, bead in enumerate(chain, start=len(keyed))]
-            self._chain_order = getattr(self, "_chain_order", []) + chain
-        return [self._chain_order[k] for _, k in sorted(keyed)]
 
     def _set_root(self, bead: int, atom: int) -> None:
         self.roots[bead] = atom
@@ -362,60 +330,7 @@ class _Builder:
     def _collinear(self, p1: int, p2: int, p3: int) -> bool:
         if self._coincide(p1, p3) or self._coincide(p2, p3) or self._coincide(p3, p2):
             return True
-        n = len(self.atoms)
-        if min(p1, p2, p3) >= self.n_beads:
-            a, b, c = ((p - self.n_beads) % n for p in (p1, p2, p3))
-            for i, j, k in ((b, a, c), (a, b, c)):
-                if self._linear(j) and i in self.neighbours[j] and k in self.neighbours[j]:
-                    return True
-        if self.frames is None:
-            return False
-        kind = tuple(self._kind(p) for p in (p1, p2, p3))
-        if kind not in self._aligned:  # the first triple of a kind decides for all
-            at = [p if p < self.n_beads + n else p - n for p in (p1, p2, p3)]
-            sine = self._sine(*at)[0]
-            self._aligned[kind] = bool(np.quantile(sine, _RARELY) < _LEAST_SINE)
-        return self._aligned[kind]
-
-    def _kind(self, point: int) -> tuple[str, str]:
-        if point < self.n_beads:
-            return "bead", self.cg_map.beads.types[point]
-        atom = (point - self.n_beads) % len(self.atoms)
-        return "atom", self.atoms.types[atom]
-
-    def _sine(self, at: int, *ends: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sine and cosine of the angle at a point in every frame."""
-        u, v = (self.frames[:, end] - self.frames[:, at] for end in ends)
-        lengths = np.linalg.norm(u, axis=-1) * np.linalg.norm(v, axis=-1)
-        lengths = np.maximum(lengths, 1e-9)
-        sine = np.linalg.norm(np.cross(u, v), axis=-1) / lengths
-        return sine, (u * v).sum(-1) / lengths
-
-    def _linear(self, atom: int) -> bool:
-        """Whether the two bonds of an atom lie on a line, in the frames or by their kind."""
-        around = self.neighbours[atom]
-        if len(around) != 2:
-            return False
-        kind = (self.atoms.types[atom],)
-        if kind not in self._aligned:
-            if self.frames is None:
-                self._aligned[kind] = self._linear_by_bonds(atom)
-            else:
-                ends = [self.n_beads + b for b in around]
-                cosine = self._sine(self.n_beads + atom, *ends)[1]
-                self._aligned[kind] = bool(np.median(cosine) < _LINEAR_COSINE)
-        return self._aligned[kind]
-
-    def _linear_by_bonds(self, atom: int) -> bool:
-        """Whether an atom of two bonds is an sp carbon, or the middle of an azide."""
-        if self.atoms.elements[atom] == "C":
-            return True
-        ends = self.neighbours[atom]
-        return self.atoms.elements[atom] == "N" and all(
-            len(self.neighbours[b]) == 1
-            or (self.atoms.elements[b] == "C" and len(self.neighbours[b]) == 2)
-            for b in ends
-        )
+        return self.lines.aligned(p1, p2, p3)
 
     # ----------------------------------------------------------------- result
 
@@ -434,7 +349,7 @@ class _Builder:
             multiplicity.append(3 if proper[-1] and leading else 1)
             through = (p2 - self.n_beads) % n if p2 >= self.n_beads else -1
             unbonded = atom not in self.neighbours[p1]
-            linear.append(unbonded or (self._linear(p1) and through in self.neighbours[p1]))
+            linear.append(unbonded or (self.lines.linear(p1) and through in self.neighbours[p1]))
         return Placement(
             atoms=atoms,
             references=references,

@@ -15,6 +15,7 @@ from MDAnalysis.exceptions import NoDataError
 from ccg_ase.units import thermal_energy
 
 _TAIL_MIN = 5
+_EQUAL = 1e-8  # relative; far above the rounding of energies of 1e5 kT
 
 
 def log_weights(
@@ -128,8 +129,8 @@ def pareto_k(log_w: np.ndarray, axis: int = -1) -> np.ndarray:
     Returns
     -------
     ndarray
-        k; NaN where K < 25 leaves no tail to fit, -inf where the largest weights are all equal,
-        +inf where fewer than 5 of them stand above the rest.
+        k; NaN where K < 25 leaves no tail to fit, -inf where the largest weights are all equal (to
+        1e-8), +inf where fewer than 5 of them stand above the rest.
 
     References
     ----------
@@ -146,10 +147,12 @@ def _tail_shape(log_w: np.ndarray) -> float:
         return np.nan
     w = np.exp(np.sort(log_w)[-n_tail - 1 :])
     exceedance = w[1:] - w[0]
+    if exceedance[-1] <= _EQUAL * w[-1]:
+        return -np.inf  # an exact q: the shape would be that of rounding errors
     exceedance = exceedance[exceedance > 4 * np.finfo(float).eps * w[-1]]
     n_tail = len(exceedance)
     if n_tail < _TAIL_MIN:
-        return np.inf if n_tail else -np.inf
+        return np.inf
     k = _fit_generalised_pareto(exceedance)
     return (k * n_tail + 0.5 * 10) / (n_tail + 10)
 

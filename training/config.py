@@ -161,7 +161,7 @@ class Reference(Section):
 
 
 class Flow(Section):
-    """The backmapper: a normalising flow from beads to atoms."""
+    """The backmapper: a normalising flow from coarse variables to atoms."""
 
     width: PositiveInt = Field(64, description="hidden width of the conditioner")
     n_layers: PositiveInt = Field(3, description="its depth")
@@ -169,17 +169,22 @@ class Flow(Section):
     bead_hops: PositiveInt = Field(10, description="bonds over which an atom sees beads")
     channels: PositiveInt = Field(4, description="features per irrep of the bead encoder")
     defensive: float = Field(
-        0.0, ge=0, lt=1, description="weight of a wider component in the density"
+        0.0, ge=0, lt=1, description="weight of a component with noise 1.5 times as wide"
     )
-    likelihood_epochs: NonNegativeInt = Field(8, description="passes over the data by likelihood")
+    likelihood_epochs: NonNegativeInt = Field(
+        8, description="first fit, by likelihood: passes over the data"
+    )
     coordinate_steps: NonNegativeInt = Field(
-        1000, description="then steps that match forces along internal coordinates, cheaply"
+        1000, description="second fit, to forces along internal coordinates: cheap steps"
     )
-    force_steps: NonNegativeInt = Field(500, description="then steps of the loss below")
+    force_steps: NonNegativeInt = Field(500, description="third fit, by the loss below: its steps")
     loss: Literal["forces+energy", "forces", "noise_force", "label", "energy", "likelihood"] = (
-        Field("forces+energy", description="what the flow is fitted to last, and in every turn")
+        Field(
+            "forces+energy",
+            description="forces+energy | forces | noise_force | label | energy | likelihood",
+        )
     )
-    refit_steps: PositiveInt = Field(200, description="such steps in every turn of the loop")
+    refit_steps: PositiveInt = Field(200, description="steps by that loss in every turn")
     patience: PositiveInt = Field(
         5, description="twentieths of a fit without gain on held-out frames that end it"
     )

@@ -125,6 +125,36 @@ TABLES = (
 )
 
 
+SHOWN_HELD = 20
+
+
+def flow_facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return what the records say of the flow's fits and of the coordinates that it holds."""
+    facts = []
+    for record in records:
+        stage, _, part = record.get("stage", "").partition(": ")
+        if stage != "flow":
+            continue
+        fits = [str(value) for key, value in record.items() if key.split("_")[0] == "fit"]
+        if fits:
+            facts.append((part or f"turn {record['iteration']}", "; then ".join(fits)))
+        if (held := record.get("held")) is not None:
+            facts.append(("held rigid", _held(held)))
+    return facts
+
+
+def _held(names: list[str]) -> str:
+    """Name held coordinates, and say what they mean for weights."""
+    if not names:
+        return "Nothing: all bonds, angles and torsions that the coarse variables leave open move."
+    more = f" and {len(names) - SHOWN_HELD} more" if len(names) > SHOWN_HELD else ""
+    return (
+        f"{', '.join(names[:SHOWN_HELD])}{more}. They never move in the data, so densities and "
+        "weights hold on the surface where they are fixed, without the mass-metric factor by which "
+        "rigid dynamics weighs that surface."
+    )
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a metrics.jsonl; a last line that an interruption cut off is left out."""
     if not path.is_file():
@@ -211,6 +241,7 @@ def render(
         verdicts=verdicts,
         plates=plates,
         tables=tables,
+        flow=flow_facts(records),
         records=records,
         config=config,
         version=version("ccg"),

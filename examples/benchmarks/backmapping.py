@@ -21,13 +21,18 @@ import numpy as np
 import simulate
 import systems
 import torch
+from scipy.spatial.transform import Rotation
 
 from ccg_ase.checkpoint import save_model
 from ccg_ase.forcefield import ForceField
 from ccg_ase.prior import Prior
 from ccg_ase.torsion_map import TorsionMap
+from ccg_ase.units import thermal_energy
+from ccg_mda.diagnostics import diagnose
 from ccg_mda.flow import Backmapper
-from ccg_mda.weights import effective_sample_size
+from ccg_mda.structure import StructureReference
+from ccg_mda.weights import effective_sample_size, log_mean_exp
+from ccg_training import evaluation
 from ccg_training.estimators import label_variance, to_kJ_per_mol
 from ccg_training.evaluation import bead_energies
 from ccg_training.fit_flow import (
@@ -39,6 +44,7 @@ from ccg_training.fit_flow import (
 )
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
+from ccg_training.learning import weighted_frames
 from ccg_training.reconstruction import pull_back_frames, reconstruct
 from ccg_training.reference import ReferenceData
 
@@ -137,6 +143,67 @@ def fit_beads(flow: Backmapper, data: ReferenceData, recipe: Recipe, seed: int) 
     return force_field
 
 
+def improve(
+    system: systems.System,
+    flow: Backmapper,
+    force_field: ForceField,
+    data: ReferenceData,
+    calls: int,
+    seed: int,
+    rounds: int = 3,
+    n_samples: int = 64,
+) -> None:
+    """Fit the flow to its own weighted samples at states spread over (φ, ψ), in some rounds."""
+    rng = np.random.default_rng(seed)
+    n_states = calls // (rounds * n_samples)
+    beads = system.cg_map.apply(data.positions)
+    energy, force = bead_energies(force_field, beads)
+    frames = FlowFrames(data.positions, np.ones(len(data)), data.forces, data.energy, force, energy)
+    for k in range(rounds):
+        states = spread(beads, force_field, n_states, rng)
+        samples = reconstruct(flow, system.potential, states, n_samples, rng)
+        ess = effective_sample_size(samples.log_weight, axis=1)
+        print(f"    round {k}: {n_states} states, effective sample size {ess.mean():.3f}, 5th "
+              f"percentile {np.percentile(ess, 5):.3f}", flush=True)  # fmt: skip
+        own = weighted_frames(samples, force_field)
+        few = frames[rng.choice(len(frames), len(own), replace=False)]
+        for loss, steps in (("coordinate_forces+energy", 300), ("forces+energy", 100)):
+            fit_flow(
+                flow,
+                few.joined(own),
+                terms=FlowLoss.named(loss),
+                steps=steps,
+                batch_size=256,
+                learning_rate=7e-4,
+                seed=seed + k,
+                progress=show,
+            )
+
+
+def spread(
+    beads: np.ndarray, force_field: ForceField, n_states: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Turn stored beads to (φ, ψ) spread evenly over what the bead force field finds likely."""
+    start = beads[rng.integers(len(beads), size=40 * n_states)]
+    turned = start.copy()
+    for axis, moved in (((1, 2), (0,)), ((2, 3), (4,))):
+        turn = rng.uniform(-np.pi, np.pi, len(start))
+        a, b = (turned[:, k] for k in axis)
+        rotation = Rotation.from_rotvec(turn[:, None] * unit(b - a))
+        for k in moved:
+            turned[:, k] = a + rotation.apply(turned[:, k] - a)
+    energy, _ = bead_energies(force_field, turned)
+    likely = turned[energy < energy.min() + 12.0 * thermal_energy(force_field.temperature_K)]
+    edges = np.floor(np.degrees(evaluation.torsions(likely, force_field.cg_map)) / 20.0)
+    _, place, count = np.unique(edges, axis=0, return_inverse=True, return_counts=True)
+    weight = 1.0 / count[place.ravel()]
+    return likely[rng.choice(len(likely), n_states, replace=False, p=weight / weight.sum())]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
 def show(step: int, steps: int, values: dict[str, float]) -> None:
     if step % max(1, steps // 10) == 0:
         text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -159,9 +226,33 @@ def measure(
     ess = np.concatenate(ess)
     found = {"ess": ess.mean(), "ess_median": np.median(ess), "ess_p5": np.percentile(ess, 5)}
     if slices:
-        found["label_variance"] = to_kJ_per_mol(1.0) ** 2 * np.concatenate(variance).mean()
+        found["label_variance"] = to_kJ_per_mol(np.concatenate(variance).mean())
         found["variance_ratio"] = np.concatenate(slices).mean() / np.concatenate(variance).mean()
     return {name: float(value) for name, value in found.items()}
+
+
+def bond_profile(
+    system: systems.System, flow: Backmapper, n_samples: int, seed: int
+) -> dict[str, float]:
+    """Compare F(r) of two beads from ln Z(s) with the histogram of all frames, in kT."""
+    frames = np.concatenate([system.data.positions, system.held_out.positions])
+    r = np.linalg.norm(np.diff(system.cg_map.apply(frames), axis=1)[:, 0], axis=-1)
+    count, edges = np.histogram(r, 8, range=np.percentile(r, [5.0, 95.0]))
+    fine = edges[0] + (np.arange(32) + 0.5) * (edges[-1] - edges[0]) / 32  # four in each bin
+    beads = np.zeros((len(fine), 2, 3))
+    beads[:, 1] = fine[:, None] * unit(np.array([1.0, 2.0, 3.0]))
+    samples = reconstruct(flow, system.potential, beads, n_samples, np.random.default_rng(seed))
+    log_z, _ = log_mean_exp(samples.log_weight, axis=1)
+    density = np.exp(log_z - log_z.max()) * fine**2
+    found = -np.log(density.reshape(len(count), 4).mean(1)) + np.log(count)
+    found -= np.average(found, weights=count)
+    # Frames are 0.1 ps apart and nearly independent in r: the counting error is a lower bound.
+    return {
+        "profile_max_kT": float(np.abs(found).max()),
+        "profile_rms_kT": float(np.sqrt(np.mean(found**2))),
+        "profile_counting_error_kT": float((1.0 / np.sqrt(count)).max()),
+        "profile_chi2": float((found**2 * count).sum() / (len(count) - 1)),
+    }
 
 
 def bins(system: systems.System, rng: np.random.Generator, width: float) -> np.ndarray:
@@ -173,11 +264,39 @@ def bins(system: systems.System, rng: np.random.Generator, width: float) -> np.n
     return shuffled[first]
 
 
+def inspect(
+    system: systems.System, flow: Backmapper, n_states: int, n_samples: int
+) -> dict[str, float]:
+    """Check the structure of unweighted samples against held-out frames."""
+    box = None if system.box is None else np.r_[system.box, 90.0, 90.0, 90.0]
+    frames = system.held_out.positions
+    reference = StructureReference.from_frames(system.cg_map.atoms, frames, box)
+    found = diagnose(
+        flow, frames, None, n_states, n_samples, reference=reference, box=box, batch_size=64
+    )
+    for row in (*found.structure.rows(), *found.coverage.rows()[:12]):
+        print("    " + "  ".join(map(str, row)))
+    figures = found.structure.summary() | found.coverage.summary()
+    for bond in ("C-N", "CA-C", "C-O"):
+        if bond in found.structure.bond_types:
+            figures[f"sd_ratio_{bond}"] = found.structure.spread_of(bond)
+    if system.potential is not None:
+        coarse = system.cg_map.apply(frames[:: max(1, len(frames) // n_states)])
+        x = flow(torch.from_numpy(coarse)).rsample(rng=np.random.default_rng(0)).detach()
+        kt = thermal_energy(system.temperature_K)
+        figures["median_energy_above_md_kT"] = (
+            float(np.median(system.potential(x.numpy())[0]) - np.median(system.held_out.energy))
+            / kt
+        )
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("system", help=" ".join([*systems.SYSTEMS, "alanine_torsions"]))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--frames", type=int, help="train on the first so many frames only")
+    parser.add_argument("--rare", type=int, help="then so many calls at states of all bins")
     parser.add_argument("--states", type=int, default=100)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--set", nargs="*", default=[], help="recipe: force_steps=600 width=32")
@@ -199,7 +318,10 @@ def main() -> None:
         start = time.process_time()
         flow, force_field = train(system, data, recipe, seed)
         found = {"train_s": time.process_time() - start}
-        stem = f"{args.system}_{len(data)}_{seed}"
+        if args.rare:
+            improve(system, flow, force_field, data, args.rare, seed)
+            found["improve_s"] = time.process_time() - start - found["train_s"]
+        stem = f"{args.system}_{len(data)}_{args.rare or 0}_{seed}"
         parts = {"backmapper": flow} | ({"force_field": force_field} if force_field else {})
         save_model(
             folder / f"{stem}.ccg",
@@ -211,10 +333,14 @@ def main() -> None:
         if system.potential is not None:
             chosen = rng.choice(len(system.held_out), args.states, replace=False)
             found |= measure(system, flow, chosen, args.samples, seed)
+        if system.cg_map.coarse_shape == (2, 3):
+            found |= bond_profile(system, flow, args.samples, seed)
         if args.system.startswith("alanine"):
             each = bins(system, rng, 20.0)
             rare = measure(system, flow, each, args.samples, seed)
             found |= {f"bins_{k}": v for k, v in rare.items()} | {"bins": len(each)}
+        else:
+            found |= inspect(system, flow, min(args.states, len(system.held_out)), 10)
         rows.append(found)
         print(
             json.dumps({"system": args.system, "frames": len(data), "seed": seed, **found}),

@@ -73,6 +73,16 @@ def test_pareto_k_of_weights(rng, shape):
     assert pareto_k(np.log(w) + 900).mean() == pytest.approx(shape, abs=0.06)
 
 
+def test_pareto_k_of_an_exact_density_is_not_that_of_rounding_errors(rng):
+    energy = rng.normal(1e5, 10.0, (200, 32))  # in kT
+    log_q = -energy * (1.0 + rng.uniform(-1e-15, 1e-15, energy.shape))
+    log_w = -energy - log_q
+    assert (np.ptp(log_w, axis=1) > 0).all()
+    assert (pareto_k(log_w, axis=1) == -np.inf).all()
+    heavy = 1e-6 * np.exp(rng.standard_exponential((200, 2000)) * 0.9)  # small, but above rounding
+    assert pareto_k(heavy, axis=1).mean() == pytest.approx(0.9, abs=0.06)
+
+
 def test_pareto_k_edges():
     assert np.isnan(pareto_k(np.zeros(20)))
     assert pareto_k(np.full(100, 3.0)) == -np.inf

@@ -1,10 +1,12 @@
 """The TOML file: defaults, paths, round trip, and errors that say where and what."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from ccg_training.config import Config, ConfigError
+from ccg_training.config import Config, ConfigError, Flow
+from ccg_training.fit_flow import FlowLoss
 
 MINIMAL = '[system]\ntopology = "molecule.pdb"\n[mapping]\npreset = "ca"\n'
 
@@ -50,6 +52,14 @@ def test_every_key_is_described():
     for section in Config.model_fields.values():
         for name, field in section.annotation.model_fields.items():
             assert field.description, name
+
+
+def test_every_loss_of_the_flow_exists_and_needs_what_a_run_has():
+    field = Flow.model_fields["loss"]
+    names = get_args(field.annotation)
+    assert field.description == " | ".join(names)
+    for name in names:
+        assert not FlowLoss.named(name).needs_samples
 
 
 def test_differences_name_the_key_and_see_the_order_of_beads(write):

@@ -86,8 +86,8 @@ def flow(molecule) -> Backmapper:
         x, every, forces, energy, molecule.mean_force(beads), molecule.free_energy(beads)
     )
     settings = {"seed": 0, "learning_rate": 4e-3}
-    fit_flow(flow, frames, terms=LIKELIHOOD_ONLY, steps=250, batch_size=256, **settings)
-    fit_flow(flow, frames, terms=FlowLoss(), steps=80, batch_size=64, **settings)
+    fit_flow(flow, frames, terms=LIKELIHOOD_ONLY, steps=400, batch_size=256, **settings)
+    fit_flow(flow, frames, terms=FlowLoss(), steps=120, batch_size=64, **settings)
     return flow
 
 
@@ -144,8 +144,9 @@ def test_estimates_hold_within_their_own_errors(molecule, samples, quantity):
 def test_the_force_field_learns_the_free_energy_from_the_flow(molecule, flow):
     rng = np.random.default_rng(4)
     beads = molecule.states(400, rng)
-    labels = Labels.from_samples(reconstruct(flow, molecule, beads, 32, rng))
-    assert len(labels) > 370
+    # With 32 samples, the tail shape of even lognormal weights is above 0.7 in 3 % of states.
+    labels = Labels.from_samples(reconstruct(flow, molecule, beads, 128, rng))
+    assert len(labels) > 380
     prior = Prior.fit(beads, molecule.cg_map.beads, TEMPERATURE_K)
     with torch.random.fork_rng():
         torch.manual_seed(0)
