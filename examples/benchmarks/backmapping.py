@@ -45,7 +45,7 @@ from ccg_training.fit_flow import (
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
 from ccg_training.learning import weighted_frames
-from ccg_training.reconstruction import pull_back_frames, reconstruct
+from ccg_training.reconstruction import in_own_frame, pull_back_frames, reconstruct
 from ccg_training.reference import ReferenceData
 
 
@@ -101,7 +101,8 @@ def train(
         return flow, None
     frames, terms, force_field = FlowFrames(data.positions, every, data.forces), FlowLoss(), None
     if isinstance(m, TorsionMap):
-        terms = without_free_energy(terms)
+        positions, forces = in_own_frame(flow, data.positions, data.forces)
+        frames, terms = FlowFrames(positions, every, forces), without_free_energy(terms)
     else:
         force_field = fit_beads(flow, data, recipe, seed)
         energy, force = bead_energies(force_field, m.apply(data.positions))
