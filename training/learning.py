@@ -103,7 +103,7 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
     train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
     if k:
-        train = train.joined(weighted_frames(Samples.load(folder / "samples.npz"), force_field))
+        train = train.joined(_as_frames(Samples.load(folder / "samples.npz"), force_field))
     metrics = _fit_stages(workspace, stage, flow, train, held_out, k)
     if k:
         workspace.save(folder / "flow.ccg", {"backmapper": flow})
@@ -243,7 +243,7 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     return {"labels": len(labels)} | result
 
 
-def weighted_frames(samples: Samples, force_field: ForceField) -> FlowFrames:
+def _as_frames(samples: Samples, force_field: ForceField) -> FlowFrames:
     """Turn samples of the flow into frames whose weights sum to K at every state.
 
     The bead force and free energy at a state are what its samples say, not the force field: these

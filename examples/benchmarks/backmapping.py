@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import openmm
 import simulate
 import systems
 import torch
@@ -44,7 +45,6 @@ from ccg_training.fit_flow import (
 )
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
-from ccg_training.learning import weighted_frames
 from ccg_training.reconstruction import in_own_frame, pull_back_frames, reconstruct
 from ccg_training.reference import ReferenceData
 
@@ -61,6 +61,7 @@ class Recipe:
     architecture: dict = field(default_factory=lambda: {"width": 64, "n_layers": 3, "hops": 12})
 
 
+PHI_PSI = ((4, 6, 8, 14), (6, 8, 14, 16))  # atoms of alanine dipeptide
 RECIPES = {
     "ethane": Recipe(600, 400, 200),
     "chignolin": Recipe(1500, 600, 200, 64, 4000, {"width": 64, "n_layers": 3, "hops": 6}),
@@ -74,7 +75,7 @@ def load(name: str) -> systems.System:
         return systems.load(name)
     system = systems.load("alanine_slices")
     atoms = system.cg_map.atoms
-    phi_psi = TorsionMap(atoms, [[4, 6, 8, 14], [6, 8, 14, 16]], ("phi", "psi"))
+    phi_psi = TorsionMap(atoms, PHI_PSI, ("phi", "psi"))
     return replace(system, name=name, cg_map=phi_psi)
 
 
@@ -145,60 +146,97 @@ def fit_beads(flow: Backmapper, data: ReferenceData, recipe: Recipe, seed: int) 
 
 
 def improve(
+    system: systems.System, flow: Backmapper, data: ReferenceData, calls: int, seed: int
+) -> None:
+    """Fit the flow to short restrained dynamics in each (φ, ψ) bin that has hardly any frames."""
+    rng = np.random.default_rng(seed)
+    known = FlowFrames(data.positions, np.ones(len(data)), data.forces)
+    found = restrained_frames(system, flow, data, calls, rng)
+    few = known[rng.choice(len(known), min(len(known), 10_000), replace=False)]
+    # The bead force field knows nothing of these states: no term that needs it.
+    for loss, steps, rate in (("coordinate_forces+energy", 600, 1.5e-3), ("forces", 100, 5e-4)):
+        fit_flow(
+            flow,
+            few.joined(found),
+            terms=without_free_energy(FlowLoss.named(loss)),
+            steps=steps,
+            batch_size=256,
+            learning_rate=rate,
+            seed=seed + 1,
+            progress=show,
+        )
+
+
+def restrained_frames(
     system: systems.System,
     flow: Backmapper,
-    force_field: ForceField,
     data: ReferenceData,
     calls: int,
-    seed: int,
-    rounds: int = 3,
-    n_samples: int = 64,
-) -> None:
-    """Fit the flow to its own weighted samples at states spread over (φ, ψ), in some rounds."""
-    rng = np.random.default_rng(seed)
-    n_states = calls // (rounds * n_samples)
+    rng: np.random.Generator,
+    n_start: int = 32,
+    n_frames: int = 40,
+) -> FlowFrames:
+    """Run dynamics with (φ, ψ) held near one state of every thin bin; stored forces are unbiased.
+
+    A bias in s leaves p(x|s) as it is, which is all that the flow learns.
+    """
+    states, angles = thin_states(system, data, rng)
+    n_steps = calls // len(states) - n_start - n_frames
+    run = n_steps * 2 // 3 // n_frames
+    biased = system.potential.system
+    force = openmm.CustomTorsionForce("0.5*k*min(d, 2*pi-d)^2; d=abs(theta-t0); pi=3.14159265")
+    force.addGlobalParameter("k", 100.0)
+    force.addPerTorsionParameter("t0")
+    for row in PHI_PSI:
+        force.addTorsion(*row, [0.0])
+    biased.addForce(force)
+    integrator = openmm.LangevinMiddleIntegrator(system.temperature_K, 5.0, 0.001)
+    integrator.setRandomNumberSeed(int(rng.integers(2**31)))
+    platform = openmm.Platform.getPlatformByName("Reference")
+    context = openmm.Context(biased, integrator, platform)
+    kept = []
+    for beads, target in zip(states, angles, strict=True):
+        with torch.no_grad():
+            start = flow(torch.from_numpy(beads[None])).rsample((n_start,), rng)[:, 0].numpy()
+        lowest = np.nanargmin(system.potential(start)[0])
+        for k, row in enumerate(PHI_PSI):
+            force.setTorsionParameters(k, *row, [float(target[k])])
+        force.updateParametersInContext(context)
+        context.setPositions(start[lowest] / 10.0)
+        context.setVelocitiesToTemperature(system.temperature_K, int(rng.integers(2**31)))
+        integrator.step(n_steps - n_frames * run)
+        for _ in range(n_frames):
+            integrator.step(run)
+            state = context.getState(positions=True).getPositions(asNumpy=True)
+            kept.append(state._value * 10.0)
+    positions = np.array(kept)
+    energy, forces = system.potential(positions)
+    sound = np.abs(energy - np.median(energy)) < 3.0  # eV: a start that dynamics couldn't relax
+    spent = len(states) * (n_start + n_steps + n_frames)
+    print(f"    {len(states)} thin bins, {sound.sum()} frames, {spent} calls", flush=True)
+    return FlowFrames(positions[sound], np.ones(sound.sum()), forces[sound])
+
+
+def thin_states(
+    system: systems.System, data: ReferenceData, rng: np.random.Generator, width: float = 20.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn stored beads to a random (φ, ψ) in every bin with fewer than ten frames."""
+    phi_psi = TorsionMap(system.cg_map.atoms, PHI_PSI)
+    place = np.floor(np.degrees(phi_psi.apply(data.positions)) / width).astype(int)
+    half = round(180.0 / width)
+    count = np.zeros((2 * half, 2 * half), dtype=int)
+    np.add.at(count, tuple(place.T + half), 1)
     beads = system.cg_map.apply(data.positions)
-    energy, force = bead_energies(force_field, beads)
-    frames = FlowFrames(data.positions, np.ones(len(data)), data.forces, data.energy, force, energy)
-    for k in range(rounds):
-        states = spread(beads, force_field, n_states, rng)
-        samples = reconstruct(flow, system.potential, states, n_samples, rng)
-        ess = effective_sample_size(samples.log_weight, axis=1)
-        print(f"    round {k}: {n_states} states, effective sample size {ess.mean():.3f}, 5th "
-              f"percentile {np.percentile(ess, 5):.3f}", flush=True)  # fmt: skip
-        own = weighted_frames(samples, force_field)
-        few = frames[rng.choice(len(frames), len(own), replace=False)]
-        for loss, steps in (("coordinate_forces+energy", 300), ("forces+energy", 100)):
-            fit_flow(
-                flow,
-                few.joined(own),
-                terms=FlowLoss.named(loss),
-                steps=steps,
-                batch_size=256,
-                learning_rate=7e-4,
-                seed=seed + k,
-                progress=show,
-            )
-
-
-def spread(
-    beads: np.ndarray, force_field: ForceField, n_states: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Turn stored beads to (φ, ψ) spread evenly over what the bead force field finds likely."""
-    start = beads[rng.integers(len(beads), size=40 * n_states)]
-    turned = start.copy()
-    for axis, moved in (((1, 2), (0,)), ((2, 3), (4,))):
-        turn = rng.uniform(-np.pi, np.pi, len(start))
-        a, b = (turned[:, k] for k in axis)
-        rotation = Rotation.from_rotvec(turn[:, None] * unit(b - a))
-        for k in moved:
-            turned[:, k] = a + rotation.apply(turned[:, k] - a)
-    energy, _ = bead_energies(force_field, turned)
-    likely = turned[energy < energy.min() + 12.0 * thermal_energy(force_field.temperature_K)]
-    edges = np.floor(np.degrees(evaluation.torsions(likely, force_field.cg_map)) / 20.0)
-    _, place, count = np.unique(edges, axis=0, return_inverse=True, return_counts=True)
-    weight = 1.0 / count[place.ravel()]
-    return likely[rng.choice(len(likely), n_states, replace=False, p=weight / weight.sum())]
+    beads = beads[rng.integers(len(beads), size=100 * count.size)]
+    for axis, moved in (((1, 2), 0), ((2, 3), 4)):
+        a, b = (beads[:, k] for k in axis)
+        turn = Rotation.from_rotvec(rng.uniform(-np.pi, np.pi, (len(beads), 1)) * unit(b - a))
+        beads[:, moved] = a + turn.apply(beads[:, moved] - a)
+    angles = evaluation.torsions(beads, system.cg_map)[:, :2]
+    bin_of = np.floor(np.degrees(angles) / width).astype(int) + half
+    thin = np.flatnonzero(count[tuple(bin_of.T)] < 10)
+    _, first = np.unique(bin_of[thin], axis=0, return_index=True)
+    return beads[thin[first]], angles[thin[first]]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -258,7 +296,7 @@ def bond_profile(
 
 def bins(system: systems.System, rng: np.random.Generator, width: float) -> np.ndarray:
     """Return one random held-out frame of each populated bin of (φ, ψ)."""
-    phi_psi = TorsionMap(system.cg_map.atoms, [[4, 6, 8, 14], [6, 8, 14, 16]])
+    phi_psi = TorsionMap(system.cg_map.atoms, PHI_PSI)
     angles = np.floor(np.degrees(phi_psi.apply(system.held_out.positions)) / width).astype(int)
     shuffled = rng.permutation(len(angles))
     _, first = np.unique(angles[shuffled], axis=0, return_index=True)
@@ -297,7 +335,7 @@ def main() -> None:
     parser.add_argument("system", help=" ".join([*systems.SYSTEMS, "alanine_torsions"]))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--frames", type=int, help="train on the first so many frames only")
-    parser.add_argument("--rare", type=int, help="then so many calls at states of all bins")
+    parser.add_argument("--rare", type=int, help="then so many calls, restrained")
     parser.add_argument("--states", type=int, default=100)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--set", nargs="*", default=[], help="recipe: force_steps=600 width=32")
@@ -320,7 +358,7 @@ def main() -> None:
         flow, force_field = train(system, data, recipe, seed)
         found = {"train_s": time.process_time() - start}
         if args.rare:
-            improve(system, flow, force_field, data, args.rare, seed)
+            improve(system, flow, data, args.rare, seed)
             found["improve_s"] = time.process_time() - start - found["train_s"]
         stem = f"{args.system}_{len(data)}_{args.rare or 0}_{seed}"
         parts = {"backmapper": flow} | ({"force_field": force_field} if force_field else {})
