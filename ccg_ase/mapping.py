@@ -192,6 +192,11 @@ class CGMap:
         return "general"
 
     @property
+    def single(self) -> np.ndarray:
+        """Which beads are one atom, boolean, shape (n_beads,)."""
+        return np.bincount(self.bead_index, minlength=self.n_beads) == 1
+
+    @property
     def bead_atoms(self) -> np.ndarray:
         """The atom that each bead of a slice map is, shape (n_beads,)."""
         if self.kind != "slice":

@@ -72,6 +72,11 @@ class TorsionMap:
         return len(self.atoms)
 
     @property
+    def n_beads(self) -> int:
+        """Number of beads: none."""
+        return 0
+
+    @property
     def coarse_shape(self) -> tuple[int, ...]:
         """Shape of the coarse variables of one frame, (n_torsions,)."""
         return (len(self.torsions),)

@@ -38,10 +38,11 @@ class Assembly(nn.Module):
 
     def __init__(self, cg_map: CGMap | TorsionMap, placement: Placement) -> None:
         super().__init__()
-        n_beads, bead, atom, weights = 0, *(np.zeros(0, dtype=int),) * 2, np.zeros(0)
+        n_beads, lone = cg_map.n_beads, np.zeros(0, dtype=bool)
+        bead, atom, weights = *(np.zeros(0, dtype=int),) * 2, np.zeros(0)
         if isinstance(cg_map, CGMap):
-            n_beads = cg_map.n_beads
             bead, atom, weights = cg_map.bead_index, cg_map.atom_index, cg_map.weights
+            lone = cg_map.single
         self.n_beads, self.n_atoms = n_beads, cg_map.n_atoms
         fragment, roots = placement.fragment, placement.roots[:n_beads]
         self._fragments = bool((fragment >= 0).any())
@@ -49,7 +50,6 @@ class Assembly(nn.Module):
         share = np.bincount(bead[inside], weights[inside], minlength=n_beads)
         scaled = weights / share[bead]
         self.log_volume = float(3.0 * np.log(share).sum())
-        lone = np.bincount(bead, minlength=n_beads) == 1
         self.opening = np.where(lone, -1, placement.start[:n_beads])
         self.closing = np.full(n_beads, -1)
         moves_with = fragment[placement.atoms]

@@ -128,7 +128,7 @@ class Conditioner(nn.Module):
             "cutoff_A": cutoff_A,
         }
         self.blocks = blocks = Blocks(cg_map, placement, rotor, hops, bead_hops)
-        self.n_beads = getattr(cg_map, "n_beads", 0)
+        self.n_beads = cg_map.n_beads
         seen = [(a >= 0).sum(1) for a in (blocks.bead_source, blocks.atom_source)]
         index = {
             "slot": blocks.slot,

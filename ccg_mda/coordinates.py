@@ -76,9 +76,7 @@ class Coordinates(nn.Module):
         inside = placement.fragment[placement.atoms] >= 0
         index = {
             "references": placement.references,
-            "point_of_slot": getattr(cg_map, "n_beads", 0)
-            + placement.atoms
-            + cg_map.n_atoms * inside,
+            "point_of_slot": cg_map.n_beads + placement.atoms + cg_map.n_atoms * inside,
             "linear": placement.linear,
             "torsion": placement.torsion,
             "rotor": rotor,

@@ -27,7 +27,7 @@ class Lines:
 
     def __init__(self, cg_map: CGMap | TorsionMap, positions: np.ndarray | None) -> None:
         self._cg_map, self._atoms = cg_map, cg_map.atoms
-        self._n_beads = getattr(cg_map, "n_beads", 0)
+        self._n_beads = cg_map.n_beads
         self._neighbours = cg_map.atoms.neighbours()
         self._known: dict[tuple, bool] = {}
         self._frames = None

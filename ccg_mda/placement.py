@@ -112,7 +112,7 @@ class Placement:
 
     def table(self, cg_map: CGMap | TorsionMap) -> list[dict[str, str]]:
         """Return one printable row per placed atom: its name and its three reference names."""
-        topology, n_beads = cg_map.atoms, getattr(cg_map, "n_beads", 0)
+        topology, n_beads = cg_map.atoms, cg_map.n_beads
 
         def label(point: int) -> str:
             if point < 0:

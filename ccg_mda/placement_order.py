@@ -69,7 +69,7 @@ class _Builder:
     def __init__(self, cg_map: CGMap | TorsionMap, hops: int, positions: np.ndarray | None) -> None:
         atoms = cg_map.atoms
         self.cg_map, self.atoms, self.hops = cg_map, atoms, hops
-        self.n_beads = getattr(cg_map, "n_beads", 0)
+        self.n_beads = cg_map.n_beads
         self.neighbours = atoms.neighbours()
         self.heavy = [element != "H" for element in atoms.elements]
         self.near = _rows(atoms.near(np.arange(len(atoms)), max(hops, _NEAR)))
@@ -105,7 +105,7 @@ class _Builder:
         members: list[list[int]] = [[] for _ in range(self.n_beads)]
         for atom, bead in enumerate(owner.tolist()):
             members[bead].append(atom)
-        single = [len(row) == 1 for row in self.rows]
+        single = cg_map.single
         for bead, row in enumerate(self.rows):
             if not any(owner[atom] == bead for atom in row):
                 raise ValueError(

@@ -54,7 +54,7 @@ def distinct(topology: Topology) -> Topology:
 
 def slot_kinds(cg_map: CGMap | TorsionMap, placement: Placement) -> np.ndarray:
     """Return the kind of each slot, (n_slots,): its atom's type and the names of its references."""
-    n_beads, n = getattr(cg_map, "n_beads", 0), cg_map.n_atoms
+    n_beads, n = cg_map.n_beads, cg_map.n_atoms
     atoms = distinct(cg_map.atoms)
 
     def name(point: int) -> str:
@@ -113,7 +113,7 @@ class Blocks:
     def _find(
         self, cg_map: CGMap | TorsionMap, placement: Placement, hops: int, bead_hops: int
     ) -> None:
-        n, n_beads = cg_map.n_atoms, getattr(cg_map, "n_beads", 0)
+        n, n_beads = cg_map.n_atoms, cg_map.n_beads
         near = distinct(cg_map.atoms).near(placement.atoms, max(hops, bead_hops if n_beads else 0))
         row, site = near.source, near.site
         slot_of_atom = np.full(n, len(placement.atoms))
@@ -129,9 +129,9 @@ class Blocks:
         bead_of_root = np.full(n, -1)
         bead_of_root[placement.roots[:n_beads]] = np.arange(n_beads)
         # The root of a bead that is a single atom is seen as the bead.
-        alone = np.bincount(cg_map.bead_index, minlength=n_beads) == 1 if n_beads else []
         lone = np.zeros(n, dtype=bool)
-        lone[placement.roots[:n_beads]] = alone
+        if n_beads:
+            lone[placement.roots] = cg_map.single
         earlier = (known < own) & (near.distance <= hops) & (near.distance > 0) & ~lone[site]
         to_bead = (bead_of_root[site] >= 0) & (near.distance <= bead_hops)
 
@@ -175,7 +175,3 @@ class Blocks:
         pairs = np.stack([np.broadcast_to(self.kind[:, None], padded.shape)[used], relations[used]])
         edge[used] = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
         return padded, edge
-
-    def passes(self) -> list[np.ndarray]:
-        """Return the blocks of each sampling pass."""
-        return [np.flatnonzero(self.generation == g) for g in np.unique(self.generation)]

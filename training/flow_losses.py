@@ -198,10 +198,7 @@ def _along_noise(
     noise = noise if learns else noise.requires_grad_()
     positions, log_q = flow.from_noise(origin, noise, **given)
     work = (positions * forces).sum()
-    noise_force, label = torch.autograd.grad(
-        work - log_q.sum(), [noise, origin], create_graph=learns
-    )
-    return noise_force, label
+    return torch.autograd.grad(work - log_q.sum(), [noise, origin], create_graph=learns)
 
 
 def _along_coordinates(

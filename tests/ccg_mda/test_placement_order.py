@@ -87,7 +87,7 @@ def paracetamol() -> Topology:
 def assert_sound(the_map: CGMap | TorsionMap) -> None:
     """Every atom is placed once, from a bonded atom and others that are known before it."""
     placement = build_placement(the_map)
-    n, n_beads = the_map.n_atoms, getattr(the_map, "n_beads", 0)
+    n, n_beads = the_map.n_atoms, the_map.n_beads
     assert sorted([*placement.atoms, *placement.roots]) == list(range(n))
     bonds = {frozenset(bond) for bond in the_map.atoms.bonds.tolist()}
     generation = np.full(n, -1)
@@ -198,7 +198,7 @@ def test_no_density_sees_its_own_or_a_later_generation(kind):
     """The gradient of every block's parameters by all points and coordinates that come later."""
     flow, case = flow_of(kind), system(kind)
     placement, conditioner = flow.placement, flow.conditioner
-    n, n_beads = flow.cg_map.n_atoms, getattr(flow.cg_map, "n_beads", 0)
+    n, n_beads = flow.cg_map.n_atoms, flow.cg_map.n_beads
     slot = conditioner.slot.numpy()
     own = placement.generation[slot]
     n_blocks, generator = len(slot), torch.Generator().manual_seed(0)
