@@ -16,6 +16,25 @@ from ccg_ase.topology import Topology
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
+def dihedral_angles(positions: Array, quadruples: np.ndarray) -> Array:
+    """Return the dihedrals i-j-k-l, (..., m) in radians, with the IUPAC sign.
+
+    Parameters
+    ----------
+    positions
+        (..., n, 3) in Å.
+    quadruples
+        Indices i, j, k, l of sites, (m, 4).
+    """
+    x = torch.as_tensor(positions)
+    a, b, c, d = (x[..., quadruples[:, k], :] for k in range(4))
+    axis = torch.nn.functional.normalize(c - b, dim=-1)
+    first, last = torch.linalg.cross(a - b, axis), torch.linalg.cross(d - c, axis)
+    sine = (torch.linalg.cross(first, last) * axis).sum(-1)
+    angles = torch.atan2(sine, (first * last).sum(-1))
+    return angles if isinstance(positions, torch.Tensor) else angles.numpy()
+
+
 @dataclass(frozen=True, eq=False)
 class TorsionMap:
     """Coarse variables s that are torsion angles; all other internal coordinates are fine ones.
@@ -88,13 +107,7 @@ class TorsionMap:
                 f"expected shape (..., {self.n_atoms}, 3) for the atoms of this map, "
                 f"got {tuple(positions.shape)}"
             )
-        x = torch.as_tensor(positions)
-        a, b, c, d = (x[..., self.torsions[:, k], :] for k in range(4))
-        axis = torch.nn.functional.normalize(c - b, dim=-1)
-        first, last = torch.linalg.cross(a - b, axis), torch.linalg.cross(d - c, axis)
-        sine = (torch.linalg.cross(first, last) * axis).sum(-1)
-        angles = torch.atan2(sine, (first * last).sum(-1))
-        return angles if isinstance(positions, torch.Tensor) else angles.numpy()
+        return dihedral_angles(positions, self.torsions)
 
     def difference(self, a: Array, b: Array) -> Array:
         """Return ``a - b`` of two sets of torsions, in [-π, π)."""

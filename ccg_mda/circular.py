@@ -11,7 +11,7 @@ from torch import Tensor
 from .transforms import TWO_PI
 
 N_HARMONICS = 3
-N_ROTOR = 2 * N_HARMONICS + 3  # parameters of a CircularDensity, at most N_PARAMETERS
+N_ROTOR = 2 * N_HARMONICS + 4  # parameters of a CircularDensity, at most N_PARAMETERS
 
 
 @lru_cache(maxsize=16)
@@ -42,15 +42,23 @@ def _circle_tables(
         return tuple(torch.tensor(a, dtype=dtype, device=device) for a in arrays)
 
 
+def _stretched(angle: Tensor, factor: Tensor) -> Tensor:
+    """Return 2 atan(factor tan(angle/2)) on the branch of ``angle``, smooth on the whole line."""
+    cosine, more = torch.cos(angle), factor - 1.0
+    return angle + 2.0 * torch.atan(more * torch.sin(angle) / (2.0 + more * (1.0 - cosine)))
+
+
 class CircularDensity:
     r"""Density of a torsion ``φ``, the exponential of a Fourier series, with its map to uniform.
 
-    With ``b = M (φ - φ0)``, M the symmetry number, the density has mean one over the circle,
-    ``ρ(φ) = λ + (1 - λ) exp(Σ_k p_k cos kb + q_k sin kb) / Z``, and ``u = G(b) / M + c`` with
-    ``G' = ρ`` is uniform on the circle. The floor λ bounds weights and keeps the inverse well
-    conditioned. φ0 is the angle of a steering vector v: turning v turns the density and, at fixed
-    ``u``, every sample along rigidly. The gauge ``c`` leaves the density alone and decides how
-    samples move when the other parameters change (flow_recipe.md).
+    With ``a = M (φ - φ0)``, M the symmetry number, and ``tan b/2 = κ tan a/2``, the density has
+    mean one over the circle, ``ρ(φ) = (λ + (1 - λ) exp(Σ_k p_k cos kb + q_k sin kb) / Z) db/da``,
+    and ``u = G(b) / M + c`` with ``G' = ρ da/db`` is uniform on the circle. The floor λ bounds
+    weights and keeps the inverse well conditioned. φ0 is the angle of a steering vector v: turning
+    v turns the density and, at fixed ``u``, every sample along rigidly. The gauge ``c`` leaves the
+    density alone and decides how samples move when the other parameters change (flow_recipe.md).
+    κ, a Möbius map of the circle, makes peaks sharper than the series alone can: where beads and
+    earlier atoms all but fix a torsion.
 
     G on a grid comes from the Fourier series of ρ, which has converged to rounding for all
     parameters, and between grid points from Gauss–Legendre quadrature of ρ.
@@ -58,25 +66,26 @@ class CircularDensity:
     Parameters
     ----------
     raw
-        Unbounded parameters, shape (..., 2 K + 3): K cosine and K sine amplitudes (each pair
-        bounded to a length of 8: peaks as narrow as 5.5° for K = 3), gauge c (rad), and v - (1, 0).
+        Unbounded parameters, shape (..., 2 K + 4): K cosine and K sine amplitudes (each pair
+        bounded to a length of 8: peaks as narrow as 5.5° for K = 3), gauge c (rad), v - (1, 0), and
+        ln κ (bounded to ±3: peaks twenty times as narrow).
     multiplicity
         Symmetry number M: a number, or a tensor that broadcasts with ``raw[..., 0]``.
 
     Raises
     ------
     ValueError
-        If the number of parameters is not 5, 7 or 9.
+        If the number of parameters is not 6, 8 or 10.
     """
 
     n_grid, n_nodes, n_newton = 160, 5, 3
-    bound, floor = 8.0, 1e-4
+    bound, log_sharpest, floor = 8.0, 3.0, 1e-4
 
     def __init__(self, raw: Tensor, multiplicity: Tensor | float = 1.0) -> None:
-        n_terms, odd = divmod(raw.shape[-1] - 3, 2)
+        n_terms, odd = divmod(raw.shape[-1] - 4, 2)
         if odd or not 1 <= n_terms <= N_HARMONICS:
             raise ValueError(
-                f"a circular density takes 2 K + 3 parameters with 1 <= K <= {N_HARMONICS}, got "
+                f"a circular density takes 2 K + 4 parameters with 1 <= K <= {N_HARMONICS}, got "
                 f"{raw.shape[-1]}: slice the parameters to {N_ROTOR}"
             )
         tables = _circle_tables(self.n_grid, self.n_nodes, n_terms, raw.dtype, raw.device)
@@ -85,7 +94,8 @@ class CircularDensity:
         lengths = torch.sqrt(1.0 + amplitudes.square().sum(-2, keepdim=True) / self.bound**2)
         self._coefficients = (amplitudes / lengths).flatten(-2)
         self.gauge = raw[..., 2 * n_terms]
-        self.direction = torch.atan2(raw[..., -1], 1.0 + raw[..., -2])
+        self.direction = torch.atan2(raw[..., -2], 1.0 + raw[..., -3])
+        self._kappa = torch.exp(self.log_sharpest * torch.tanh(raw[..., -1] / self.log_sharpest))
         self.multiplicity = multiplicity
         self._grid_values = torch.exp(self._coefficients @ waves)  # at most e^24: no overflow
         self._factor = (1.0 - self.floor) / self._grid_values.mean(-1)
@@ -108,16 +118,21 @@ class CircularDensity:
         wave = (self._primitive[cell] * self._grid_values).sum(-1)
         return self._grid[cell] + wave * self._factor
 
-    def _centred(self, phi: Tensor) -> Tensor:
-        return (phi - self.direction) * self.multiplicity
+    def _centred(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """Return b on the lifted circle, and db/da."""
+        a = (phi - self.direction) * self.multiplicity
+        cosine = torch.cos(a)
+        spread = (1.0 + cosine) + self._kappa.square() * (1.0 - cosine)
+        return _stretched(a, self._kappa), 2.0 * self._kappa / spread
 
     def log_density(self, phi: Tensor) -> Tensor:
         """Return ``ln ρ(φ)``, zero for the uniform density; shape of ``phi``."""
-        return torch.log(self._density(self._centred(phi)))
+        b, slope = self._centred(phi)
+        return torch.log(self._density(b) * slope)
 
     def uniform(self, phi: Tensor) -> Tensor:
         """Return ``u``, uniform on the lifted circle (not wrapped)."""
-        b = self._centred(phi)
+        b, _ = self._centred(phi)
         turns = torch.floor(b.detach() / TWO_PI) * TWO_PI
         b = b - turns
         cell = (b.detach() * (self.n_grid / TWO_PI)).long().clamp(0, self.n_grid - 1)
@@ -135,7 +150,8 @@ class CircularDensity:
         for _ in range(2):  # one Newton step is right to first derivatives, two to second ones
             error = target - self._local(start, step)
             step = step + error / self._density(start + step)
-        return (turns + start + step) / self.multiplicity + self.direction
+        a = _stretched(turns + start + step, 1.0 / self._kappa)
+        return a / self.multiplicity + self.direction
 
     def _solve(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return whole turns (rad), grid cell and step into it where ``G = target``."""

@@ -17,8 +17,9 @@ from ccg_ase.checkpoint import ModelFile, load_model
 from ccg_ase.mapping import CGMap
 from ccg_ase.torsion_map import TorsionMap
 
-from .assembly import Whole
+from .assembly import Assembly, Whole
 from .bijection import Bijection
+from .coordinates import Coordinates
 from .distribution import BackmapDistribution
 from .placement import Placement, atom_label
 from .placement_order import build_placement
@@ -147,10 +148,9 @@ class Backmapper(Bijection):
         frames = positions.double()
         few = frames[:: max(1, len(frames) // 200)].numpy()
         placement = build_placement(cg_map, hops=hops, positions=few)
-        none = np.zeros(len(placement.atoms), dtype=bool)
-        bare = cls(cg_map, temperature_K, rotor=none, placement=placement, hops=hops, width=1)
-        points = bare.assembly.points(cg_map.apply(frames), frames)
-        measured = bare.coordinates.measure(points).unbind(-1)
+        points = Assembly(cg_map, placement).points(cg_map.apply(frames), frames)
+        none = np.zeros((len(placement.atoms), 3), dtype=bool)
+        measured = Coordinates(cg_map, placement, none[:, 0], none).measure(points).unbind(-1)
         statistics = coordinate_statistics(cg_map, placement, measured)
         backmapper = cls(
             cg_map,

@@ -12,7 +12,7 @@ from MDAnalysis.lib.formats.libdcd import DCDFile
 
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
-from ccg_ase.torsion_map import TorsionMap
+from ccg_ase.torsion_map import TorsionMap, dihedral_angles
 from ccg_mda.diagnostics import StructureProbe, WeightQuality
 from ccg_mda.flow import Backmapper
 from ccg_mda.potential import Potential
@@ -29,7 +29,7 @@ from .metrics import independent_samples
 from .reconstruction import Samples, pull_back_frames, reconstruct
 from .reference import ReferenceData, read_npz
 from .report_data import ReportData
-from .states import dihedral_angles, internal_coordinates
+from .states import internal_coordinates
 
 if TYPE_CHECKING:
     from .stages import Metrics

@@ -88,6 +88,7 @@ def fit_forces_by_torsions(workspace: Workspace, stage: Stage) -> Metrics:
         )
     )
     metrics = _fit_stages(workspace, stage, flow, train, held_out, 0, without_free_energy)
+    metrics["nll"] = mean_nll(flow, held_out.positions)
     workspace.save(folder / "model.ccg", {"backmapper": flow})
     return metrics
 
@@ -102,9 +103,16 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         before = workspace.model(k - 1)
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
     train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
+    judged = held_out
     if k:
-        train = train.joined(_as_frames(Samples.load(folder / "samples.npz"), force_field))
-    metrics = _fit_stages(workspace, stage, flow, train, held_out, k)
+        own, state = _as_frames(Samples.load(folder / "samples.npz"), force_field)
+        kept_back = state % 10 == 0
+        train = train.joined(own[~kept_back])
+        # Stored frames alone would stop the fit as soon as it learns anything new.
+        thinned = held_out[:: max(1, len(held_out) // max(1, kept_back.sum()))]
+        judged = thinned.joined(own[kept_back])
+    metrics = _fit_stages(workspace, stage, flow, train, judged, k)
+    metrics["nll"] = mean_nll(flow, held_out.positions)
     if k:
         workspace.save(folder / "flow.ccg", {"backmapper": flow})
     else:
@@ -122,7 +130,7 @@ def _fit_stages(
     stage: Stage,
     flow: Backmapper,
     train: FlowFrames,
-    held_out: FlowFrames,
+    judged: FlowFrames,
     k: int,
     adapted: Callable[[FlowLoss], FlowLoss] = lambda terms: terms,
 ) -> Metrics:
@@ -145,12 +153,12 @@ def _fit_stages(
             batch_size=settings.batch_size,
             learning_rate=peak,
             seed=workspace.seed(k, 3, n),
-            held_out=held_out,
+            held_out=judged,
             patience=settings.patience,
             progress=_show_terms(stage),
         )
         metrics |= {"loss": fit.history[-1], f"fit_{n}": str(fit)}
-    return metrics | {"nll": mean_nll(flow, held_out.positions)}
+    return metrics
 
 
 def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
@@ -243,8 +251,8 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     return {"labels": len(labels)} | result
 
 
-def _as_frames(samples: Samples, force_field: ForceField) -> FlowFrames:
-    """Turn samples of the flow into frames whose weights sum to K at every state.
+def _as_frames(samples: Samples, force_field: ForceField) -> tuple[FlowFrames, np.ndarray]:
+    """Turn samples of the flow into frames whose weights sum to K at every state; and their states.
 
     The bead force and free energy at a state are what its samples say, not the force field: these
     states were chosen where it may be wrong. Free energies get the force field's zero.
@@ -257,14 +265,16 @@ def _as_frames(samples: Samples, force_field: ForceField) -> FlowFrames:
     state = np.repeat(np.arange(n_states), n_samples).reshape(n_states, n_samples)
     weight = normalised_weights(samples.log_weight) * n_samples
     use = np.isfinite(samples.energy) & (weight > 1e-3)
-    return FlowFrames(
+    state = state[use]
+    frames = FlowFrames(
         samples.positions[use],
         weight[use],
         samples.forces[use],
         samples.energy[use],
-        force[state[use]],
-        energy[state[use]],
+        force[state],
+        energy[state],
     )
+    return frames, state
 
 
 def _show_terms(stage: Stage) -> ProgressCallback:

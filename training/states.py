@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ccg_ase.topology import Topology
+from ccg_ase.torsion_map import dihedral_angles
 
 _MAX_CANDIDATES = 20_000
 _DISTANCE_SHARE = 0.25  # weight of all distances together, against all dihedrals together
@@ -44,15 +45,6 @@ def internal_coordinates(positions: np.ndarray, topology: Topology) -> InternalC
     sine = np.linalg.norm(np.cross(first, second), axis=-1)
     angles = np.arctan2(sine, (first * second).sum(-1))
     return InternalCoordinates(bonds, angles, dihedral_angles(x, topology.dihedrals()))
-
-
-def dihedral_angles(positions: np.ndarray, quadruples: np.ndarray) -> np.ndarray:
-    """Return dihedrals i-j-k-l, (..., m), in radians for site indices (m, 4)."""
-    i, j, k, l = np.moveaxis(positions[..., quadruples, :], -2, 0)  # noqa: E741
-    b1, b2, b3 = j - i, k - j, l - k
-    n1, n2 = np.cross(b1, b2), np.cross(b2, b3)
-    y = np.linalg.norm(b2, axis=-1) * (b1 * n2).sum(-1)
-    return np.arctan2(y, (n1 * n2).sum(-1))
 
 
 def state_features(beads: np.ndarray, topology: Topology | None) -> np.ndarray:

@@ -12,9 +12,10 @@ from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
 from ccg_ase.prior import Prior
 from ccg_ase.topology import Topology
+from ccg_ase.torsion_map import dihedral_angles
 from ccg_ase.units import thermal_energy
 from ccg_training.sampling import ase_bead_dynamics
-from ccg_training.states import choose_states, dihedral_angles, internal_coordinates
+from ccg_training.states import choose_states, internal_coordinates
 
 KT = thermal_energy(300.0)
 
