@@ -141,9 +141,9 @@ class Backmapper(Bijection):
     ) -> Backmapper:
         """Build a backmapper whose coordinates are standardised by frames (n, n_atoms, 3) in Å.
 
-        Dihedrals that spread over more than half a radian become rotors on the full circle; bonds
-        and angles that don't move are held. Molecules must be whole; ``box`` holds the cell vectors
-        as rows, (3, 3) or (n, 3, 3), of periodic frames.
+        Dihedrals that spread over more than half a radian, or are ever 2 rad from their mean,
+        become rotors on the full circle; bonds and angles that don't move are held. Molecules must
+        be whole; ``box`` holds the cell vectors as rows, (3, 3) or (n, 3, 3), of periodic frames.
         """
         frames = positions.double()
         few = frames[:: max(1, len(frames) // 200)].numpy()

@@ -24,7 +24,6 @@ MAX_SEQUENCE = 32
 """Molecules of up to this many beads are placed bead after bead, larger ones colour by colour."""
 
 _NEAR = 4  # bonds within which a reference atom is preferred over a bead centre
-_LEAST_BRANCH = 0.4  # share of a bead's weight that the fragment shifted into place must have
 
 
 def build_placement(
@@ -136,10 +135,8 @@ class _Builder:
         entered = any(p is not None and p not in branch for p in parent.values())
         root = order[0]
         if entered:
-            total = sum(row.get(atom, 0.0) for atom in order)
-            least = min(_LEAST_BRANCH * total, max(branch.values()))
-            fit = [atom for atom in order if branch[atom] >= least]
-            root = min(fit, key=lambda atom: (branch[atom], -order.index(atom)))
+            # The more weight is shifted, the less a displacement of the other atoms shifts it.
+            root = max(order, key=lambda atom: (branch[atom], order.index(atom)))
         inside = {root}
         for atom in order:
             if parent[atom] in inside:

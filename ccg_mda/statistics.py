@@ -16,6 +16,7 @@ from .sight import slot_kinds
 from .transforms import Chart, wrap
 
 _ROTOR_SPREAD = 0.5  # rad; a dihedral whose circular spread exceeds this is a rotor
+_ROTOR_REACH = 2.0  # rad; and one that is ever this far from its mean: its far side isn't empty
 _RIGID = 2e-4  # relative spread of a bond, or spread of an angle in rad, below which it is held
 _LEAST_SCALE = 1e-3
 
@@ -75,7 +76,10 @@ def coordinate_statistics(
     rigid = (moves < _RIGID) & ~linear[:, None]
     rigid[free, 2] = False
     rigid[torch.as_tensor(placement.references[:, 1] < 0), 1] = False
-    rotor = (circular_spread > _ROTOR_SPREAD) & ~linear & ~free & ~rigid[:, 2]
+    far = torch.zeros(n_kinds, dtype=bool)
+    far[kind[(wrap(phi - resultant.angle()).abs() > _ROTOR_REACH).any(0)]] = True
+    rotor = (circular_spread > _ROTOR_SPREAD) | far[kind]
+    rotor &= ~linear & ~free & ~rigid[:, 2]
 
     centre = torch.where(rotor | free, 0.0, resultant.angle())
     half = 2.0 * torch.tan(0.5 * wrap(phi - centre))

@@ -23,7 +23,8 @@ class FlowFrames:
     positions
         Shape (n, n_atoms, 3) in Å.
     weight
-        Relative weight of each frame, shape (n,): one for unbiased frames of a trajectory.
+        Relative weight of each frame, shape (n,): how often it is drawn. One for all frames of a
+        trajectory, or any function of s alone: q(x|s) doesn't depend on how often s occurs.
     forces, energy
         Atomistic forces (n, n_atoms, 3) in eV/Å and energies (n,) in eV.
     bead_force, free_energy
@@ -136,6 +137,7 @@ class Batches:
             known = frames.free_energy is not None
             excess = (frames.energy - frames.free_energy if known else frames.energy) / kt
             self._by_frame["excess_energy" if known else "energy"] = excess - excess.mean()
+        self._cumulative = np.cumsum(frames.weight) / np.sum(frames.weight)
         for arrays in (self._by_atom, self._by_frame):
             for name, array in arrays.items():
                 arrays[name] = torch.from_numpy(np.asarray(array, np.float32, order="C"))
@@ -147,10 +149,11 @@ class Batches:
             yield {name: array[start : start + size] for name, array in columns.items()}
 
     def draw(self, size: int) -> dict[str, Tensor]:
-        """Return one batch of ``size`` frames, drawn with replacement."""
-        n = len(self._by_frame["weight"])
-        chosen = torch.from_numpy(self._rng.integers(0, n, size))
+        """Return one batch of ``size`` frames of weight one, drawn by weight, with replacement."""
+        place = np.searchsorted(self._cumulative, self._rng.random(size), side="right")
+        chosen = torch.from_numpy(place.clip(max=len(self._cumulative) - 1))
         order = torch.from_numpy(relabellings(self._flow, size, self._rng))
         order = order[..., None].expand(-1, -1, 3)
         batch = {name: torch.gather(a[chosen], 1, order) for name, a in self._by_atom.items()}
-        return batch | {name: a[chosen] for name, a in self._by_frame.items()}
+        batch |= {name: a[chosen] for name, a in self._by_frame.items()}
+        return batch | {"weight": torch.ones(size)}

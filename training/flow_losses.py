@@ -29,6 +29,7 @@ from ccg_mda.flow import Backmapper
 from .flow_frames import conditions
 
 _HUBER_KT = 4.0  # residuals of ln w beyond this count linearly
+_OUTLIER = 30.0  # medians of a batch beyond which the square of a frame's force is capped
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
@@ -109,6 +110,16 @@ def without_free_energy(terms: FlowLoss) -> FlowLoss:
     return replace(terms, label=0.0, coordinate_label=0.0, energy=0.0)
 
 
+def _capped(square: Tensor) -> Tensor:
+    """Return squares (n,), those far above most others capped; their gradient is of a logarithm.
+
+    In a frame that the flow doesn't know yet, forces are as large as those of a clash; a few such
+    frames would decide the step, though only the likelihood can teach the flow to know them.
+    """
+    value = square.detach()
+    return square * (_OUTLIER * value.median() / value.clamp_min(1e-30)).clamp_max(1.0)
+
+
 def total(terms: FlowLoss, values: dict[str, Tensor]) -> Tensor:
     """Return the weighted sum of some terms."""
     return sum(getattr(terms, name) * value for name, value in values.items())
@@ -181,7 +192,7 @@ def flow_loss(
             density = torch.exp(log_p.detach() + _LOG_2PI).clamp_max(1.0)
             force = torch.where(flow.rotor_dof, force * density, force) * flow.active
             square = force.square().sum((-1, -2)) / flow.n_dof
-        values[name] = (bounded * square).mean()
+        values[name] = (bounded * _capped(square)).mean()
     loss = total(terms, values)
     return loss, {name: float(value.detach()) for name, value in values.items()}
 

@@ -26,6 +26,7 @@ from scipy.spatial.transform import Rotation
 
 from ccg_ase.checkpoint import save_model
 from ccg_ase.forcefield import ForceField
+from ccg_ase.mapping import CGMap
 from ccg_ase.prior import Prior
 from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
@@ -47,6 +48,7 @@ from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
 from ccg_training.reconstruction import in_own_frame, pull_back_frames, reconstruct
 from ccg_training.reference import ReferenceData
+from ccg_training.states import rarity
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,33 @@ class Recipe:
     force_steps: int = 500
     force_rate: float = 1e-3
     batch_size: int = 256
+    flatten: float = 0.5
     n_labels: int = 10_000
     architecture: dict = field(default_factory=lambda: {"width": 64, "n_layers": 3, "hops": 4})
 
 
 PHI_PSI = ((4, 6, 8, 14), (6, 8, 14, 16))  # atoms of alanine dipeptide
 RECIPES = {
-    # A coordinate moved alone shifts a whole fragment and strains its bonds: noise terms only.
+    # A coordinate moved alone shifts a whole bead and strains its bonds: noise terms only.
     "alanine_com": Recipe(
         coordinate_steps=0,
-        force_steps=1000,
-        force_rate=2e-3,
+        force_steps=300,
         architecture={"width": 64, "n_layers": 3, "hops": 12},
     ),
-    "ethane": Recipe(600, 400, 200),
-    "chignolin": Recipe(1500, 600, 200, 64, 4000, {"width": 64, "n_layers": 3, "hops": 6}),
-    "adenylate_kinase": Recipe(600, 0, 0, 4, 0, {"width": 16, "hops": 3, "channels": 2}),
+    "ethane": Recipe(likelihood_steps=600, coordinate_steps=400, force_steps=200),
+    "chignolin": Recipe(
+        likelihood_steps=1500,
+        coordinate_steps=400,
+        force_steps=20,
+        batch_size=64,
+        n_labels=2000,
+        architecture={"width": 64, "n_layers": 3, "hops": 6},
+    ),
+    "adenylate_kinase": Recipe(
+        likelihood_steps=600,
+        batch_size=4,
+        architecture={"width": 16, "hops": 3, "channels": 2},
+    ),
 }
 
 
@@ -94,10 +107,11 @@ def train(
     m, kelvin = system.cg_map, system.temperature_K
     torch.manual_seed(seed)
     flow = Backmapper.from_data(m, kelvin, torch.from_numpy(data.positions), **recipe.architecture)
-    every = np.ones(len(data))
+    states = m.apply(data.positions)
+    weight = rarity(states, m.beads if isinstance(m, CGMap) else None) ** recipe.flatten
     fit_flow(
         flow,
-        FlowFrames(data.positions, every),
+        FlowFrames(data.positions, weight),
         terms=LIKELIHOOD_ONLY,
         steps=recipe.likelihood_steps,
         batch_size=2 * recipe.batch_size,
@@ -108,13 +122,13 @@ def train(
     )
     if data.forces is None or not recipe.force_steps:
         return flow, None
-    frames, terms, force_field = FlowFrames(data.positions, every, data.forces), FlowLoss(), None
+    frames, terms, force_field = FlowFrames(data.positions, weight, data.forces), FlowLoss(), None
     if isinstance(m, TorsionMap):
         positions, forces = in_own_frame(flow, data.positions, data.forces)
-        frames, terms = FlowFrames(positions, every, forces), without_free_energy(terms)
+        frames, terms = FlowFrames(positions, weight, forces), without_free_energy(terms)
     else:
         force_field = fit_beads(flow, data, recipe, seed)
-        energy, force = bead_energies(force_field, m.apply(data.positions))
+        energy, force = bead_energies(force_field, states)
         frames = replace(frames, energy=data.energy, bead_force=force, free_energy=energy)
     along = replace(
         terms,
@@ -355,7 +369,7 @@ def figures(
     if not system.name.startswith("alanine"):
         return found | inspect(system, flow, min(args.states, len(system.held_out)), 10)
     each = bins(system, rng, 20.0)
-    of_bins = measure(system, flow, each, args.samples, seed)
+    of_bins = measure(system, flow, each, args.samples // 2, seed)
     return found | {f"bins_{k}": v for k, v in of_bins.items()} | {"bins": len(each)}
 
 

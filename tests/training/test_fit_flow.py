@@ -141,6 +141,16 @@ def test_gradients_agree_with_finite_differences(chain, chain_frames, name):
         assert slope(loss, flow, direction) == pytest.approx(found, rel=1e-4, abs=1e-7)
 
 
+def test_frames_are_drawn_as_often_as_they_weigh(chain, chain_frames):
+    weight = np.array([0.0, 3.0, 1.0, 0.0])
+    some = replace(chain_frames[:4], weight=weight, energy=np.arange(4.0) * 0.1)
+    batch = Batches(chain, some, np.random.default_rng(0)).draw(40_000)
+    assert torch.equal(batch["weight"], torch.ones(40_000))
+    column = "excess_energy" if "excess_energy" in batch else "energy"
+    _, counts = torch.unique(batch[column], return_counts=True)
+    assert counts.tolist() == pytest.approx([30_000, 10_000], rel=0.03)
+
+
 def test_weights_are_those_of_an_average(target, frames):
     batch = batch_of(frames[:6])
     weight = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0, 2.0], dtype=torch.float64)
@@ -225,7 +235,7 @@ def test_likelihood_approaches_that_of_the_truth(chain, chain_frames):
 def test_forces_and_energies_make_up_for_frames(chain, chain_frames):
     """From a hundred frames, likelihood learns the frames; with forces it learns the density."""
     held_out = chain_frames.positions[100:]
-    start = perturbed(chain, 0.05, 8)
+    start = perturbed(chain, 0.05, 9)
     found = {}
     for terms in (LIKELIHOOD_ONLY, FlowLoss()):
         flow = copy.deepcopy(start)
