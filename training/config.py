@@ -171,12 +171,6 @@ class Flow(Section):
     defensive: float = Field(
         0.0, ge=0, lt=1, description="weight of a component with noise 1.5 times as wide"
     )
-    flatten: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="exponent by which frames of rare s are drawn more often: 0 as they occur",
-    )
     likelihood_epochs: NonNegativeInt = Field(
         8, description="first fit, by likelihood: passes over the data"
     )

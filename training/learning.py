@@ -54,10 +54,7 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
             defensive=settings.defensive,
         )
     batch = 2 * settings.batch_size
-    frames, judged = (
-        FlowFrames(data.positions, weight)
-        for data, weight in zip(workspace.data, workspace.frame_weights, strict=True)
-    )
+    frames = FlowFrames(train.positions, np.ones(len(train)))
     fit = fit_flow(
         flow,
         frames,
@@ -67,7 +64,7 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
         learning_rate=settings.learning_rate,
         seed=workspace.seed(0, 2),
         clip=5.0,
-        held_out=judged,
+        held_out=FlowFrames(held_out.positions, np.ones(len(held_out))),
         patience=settings.patience,
         progress=_show_terms(stage),
     )
@@ -85,11 +82,9 @@ def fit_forces_by_torsions(workspace: Workspace, stage: Stage) -> Metrics:
     folder = workspace.iteration(0)
     flow = Backmapper.load(folder / "flow.ccg")
     train, held_out = (
-        FlowFrames(positions, weight, forces)
-        for (positions, forces), weight in zip(
-            (in_own_frame(flow, data.positions, data.forces) for data in workspace.data),
-            workspace.frame_weights,
-            strict=True,
+        FlowFrames(positions, np.ones(len(positions)), forces)
+        for positions, forces in (
+            in_own_frame(flow, data.positions, data.forces) for data in workspace.data
         )
     )
     metrics = _fit_stages(workspace, stage, flow, train, held_out, 0, without_free_energy)
@@ -107,10 +102,7 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     else:
         before = workspace.model(k - 1)
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
-    train, held_out = (
-        _with_bead_forces(data, weight, force_field)
-        for data, weight in zip(workspace.data, workspace.frame_weights, strict=True)
-    )
+    train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
     judged = held_out
     if k:
         own, state = _as_frames(Samples.load(folder / "samples.npz"), force_field)
@@ -128,11 +120,9 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     return metrics
 
 
-def _with_bead_forces(
-    data: ReferenceData, weight: np.ndarray, force_field: ForceField
-) -> FlowFrames:
+def _with_bead_forces(data: ReferenceData, force_field: ForceField) -> FlowFrames:
     energy, force = bead_energies(force_field, force_field.cg_map.apply(data.positions))
-    return FlowFrames(data.positions, weight, data.forces, data.energy, force, energy)
+    return FlowFrames(data.positions, np.ones(len(data)), data.forces, data.energy, force, energy)
 
 
 def _fit_stages(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from ccg_ase.topology import Topology
 from ccg_ase.torsion_map import dihedral_angles
@@ -53,9 +52,8 @@ def state_features(beads: np.ndarray, topology: Topology | None) -> np.ndarray:
     """Return coordinates in which coarse states are compared, (N, n_features).
 
     cos and sin of every dihedral of the bead topology, and the distances between beads more than
-    three bonds apart (all distances, if there is no dihedral; evenly chosen
-    ones of more than 2000), each over its standard deviation
-    and scaled so that all distances together weigh a quarter of all dihedrals together. Without a
+    three bonds apart (all distances, if there is no dihedral; at
+    most 2000, evenly chosen), each over its standard deviation and scaled so that all distances together weigh a quarter of all dihedrals together. Without a
     topology the states are torsions (N, n_torsions): their cos and sin.
     """
     if topology is None:
@@ -133,30 +131,3 @@ def choose_states(
         np.minimum(nearest, ((here - here[best]) ** 2).sum(1), out=nearest)
         nearest[best] = -1.0  # never again, even among duplicates
     return np.sort(np.concatenate([chosen, candidates[picked]])).astype(int)
-
-
-def rarity(states: np.ndarray, topology: Topology | None, n_cells: int = 300) -> np.ndarray:
-    """Return how rare each state is among all: 1 on average over cells, small where many lie.
-
-    A cell is what lies nearest to one of `n_cells` farthest points, so that cells are of one size
-    whatever the density. Ten states more are taken to lie in every cell: one state isn't a basin.
-
-    Parameters
-    ----------
-    states
-        (N, n_beads, 3) in Å, or torsions (N, n_torsions) in rad.
-    topology
-        Of the beads; None where states are torsions.
-    n_cells
-        Number of cells, at most N.
-
-    Returns
-    -------
-    ndarray
-        Shape (N,), positive.
-    """
-    features = state_features(states, topology)
-    chosen = choose_states(states, min(n_cells, len(states)), topology, diverse=1.0)
-    cell = cKDTree(features[chosen]).query(features)[1]
-    count = np.bincount(cell) + 10.0
-    return count.mean() / count[cell]

@@ -18,7 +18,6 @@ from .config import Config
 from .findings import refuse_faults
 from .mapping_check import check_mapping
 from .reference import ReferenceData
-from .states import rarity
 from .system import mapping_of, potential_of
 
 
@@ -47,15 +46,6 @@ class Workspace:
         """Training and held-out frames."""
         stored = ReferenceData.load(self.directory / "reference.npz")
         return stored.split(self.config.reference.holdout_fraction)
-
-    @cached_property
-    def frame_weights(self) -> tuple[np.ndarray, np.ndarray]:
-        """How often training and held-out frames count: those of rare s more than they occur."""
-        train, held_out = self.data
-        states = self.cg_map.apply(np.concatenate([train.positions, held_out.positions]))
-        rare = rarity(states, None if self.by_torsions else self.cg_map.beads)
-        first, second = np.split(rare**self.config.flow.flatten, [len(train)])
-        return first, second
 
     @property
     def by_torsions(self) -> bool:

@@ -26,7 +26,6 @@ from scipy.spatial.transform import Rotation
 
 from ccg_ase.checkpoint import save_model
 from ccg_ase.forcefield import ForceField
-from ccg_ase.mapping import CGMap
 from ccg_ase.prior import Prior
 from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
@@ -48,7 +47,6 @@ from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
 from ccg_training.reconstruction import in_own_frame, pull_back_frames, reconstruct
 from ccg_training.reference import ReferenceData
-from ccg_training.states import rarity
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Recipe:
     force_steps: int = 500
     force_rate: float = 1e-3
     batch_size: int = 256
-    flatten: float = 0.5
+    early_stopping: bool = False
     n_labels: int = 10_000
     architecture: dict = field(default_factory=lambda: {"width": 64, "n_layers": 3, "hops": 4})
 
@@ -79,6 +77,7 @@ RECIPES = {
         coordinate_steps=400,
         force_steps=20,
         batch_size=64,
+        early_stopping=True,
         n_labels=2000,
         architecture={"width": 64, "n_layers": 3, "hops": 6},
     ),
@@ -107,29 +106,43 @@ def train(
     m, kelvin = system.cg_map, system.temperature_K
     torch.manual_seed(seed)
     flow = Backmapper.from_data(m, kelvin, torch.from_numpy(data.positions), **recipe.architecture)
-    states = m.apply(data.positions)
-    weight = rarity(states, m.beads if isinstance(m, CGMap) else None) ** recipe.flatten
-    fit_flow(
-        flow,
-        FlowFrames(data.positions, weight),
-        terms=LIKELIHOOD_ONLY,
-        steps=recipe.likelihood_steps,
-        batch_size=2 * recipe.batch_size,
-        learning_rate=2e-3,
-        seed=seed,
-        clip=5.0,
-        progress=show,
-    )
+    parts = data.split(0.1) if recipe.early_stopping else (data,)
+    frames = [FlowFrames(part.positions, np.ones(len(part))) for part in parts]
+
+    def fit(terms: FlowLoss, steps: int, batch_size: int, rate: float, clip: float = 1.0) -> None:
+        done = fit_flow(
+            flow,
+            frames[0],
+            terms=terms,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=rate,
+            seed=seed + batch_size + steps,
+            clip=clip,
+            held_out=frames[1] if len(frames) > 1 else None,
+            progress=show,
+        )
+        print(f"    {done}", flush=True)
+
+    fit(LIKELIHOOD_ONLY, recipe.likelihood_steps, 2 * recipe.batch_size, 2e-3, clip=5.0)
     if data.forces is None or not recipe.force_steps:
         return flow, None
-    frames, terms, force_field = FlowFrames(data.positions, weight, data.forces), FlowLoss(), None
+    terms, force_field = FlowLoss(), None
     if isinstance(m, TorsionMap):
-        positions, forces = in_own_frame(flow, data.positions, data.forces)
-        frames, terms = FlowFrames(positions, weight, forces), without_free_energy(terms)
+        own = [in_own_frame(flow, part.positions, part.forces) for part in parts]
+        frames = [FlowFrames(x, known.weight, f) for (x, f), known in zip(own, frames, strict=True)]
+        terms = without_free_energy(terms)
     else:
-        force_field = fit_beads(flow, data, recipe, seed)
-        energy, force = bead_energies(force_field, states)
-        frames = replace(frames, energy=data.energy, bead_force=force, free_energy=energy)
+        force_field = fit_beads(flow, parts[0], recipe, seed)
+        for k, part in enumerate(parts):
+            energy, force = bead_energies(force_field, m.apply(part.positions))
+            frames[k] = replace(
+                frames[k],
+                forces=part.forces,
+                energy=part.energy,
+                bead_force=force,
+                free_energy=energy,
+            )
     along = replace(
         terms,
         noise_force=0.0,
@@ -137,21 +150,9 @@ def train(
         coordinate_force=terms.noise_force,
         coordinate_label=terms.label,
     )
-    stages = (
-        (along, recipe.coordinate_steps, 2e-3),
-        (terms, recipe.force_steps, recipe.force_rate),
-    )
-    for k, (loss, steps, rate) in enumerate(stages):
-        fit_flow(
-            flow,
-            frames,
-            terms=loss,
-            steps=steps,
-            batch_size=recipe.batch_size,
-            learning_rate=rate,
-            seed=seed + 1000 * k,
-            progress=show,
-        )
+    if recipe.coordinate_steps:
+        fit(along, recipe.coordinate_steps, recipe.batch_size, 2e-3)
+    fit(terms, recipe.force_steps, recipe.batch_size, recipe.force_rate)
     return flow, force_field
 
 

@@ -15,7 +15,7 @@ from ccg_ase.topology import Topology
 from ccg_ase.torsion_map import dihedral_angles
 from ccg_ase.units import thermal_energy
 from ccg_training.sampling import ase_bead_dynamics
-from ccg_training.states import choose_states, internal_coordinates, rarity
+from ccg_training.states import choose_states, internal_coordinates
 
 KT = thermal_energy(300.0)
 
@@ -225,13 +225,3 @@ def test_edge_cases_of_the_choice():
         choose_states(x, 13, chain(3))
     with pytest.raises(ValueError, match="diverse"):
         choose_states(x, 3, chain(3), diverse=1.5)
-
-
-def test_rarity_flattens_a_known_density():
-    """Torsions from exp(2 cos φ): farthest points lie up to a factor of two apart, no more."""
-    angles = np.random.default_rng(0).vonmises(0.0, 2.0, size=(20_000, 1))
-    rare = rarity(angles, None, n_cells=24)
-    counts, edges = np.histogram(angles, 12, range=(-np.pi, np.pi))
-    flat, _ = np.histogram(angles, edges, weights=rare[:, None])
-    assert counts.max() > 30 * counts.min()
-    assert flat.max() < 3.0 * flat.min()
