@@ -52,9 +52,10 @@ def state_features(beads: np.ndarray, topology: Topology | None) -> np.ndarray:
     """Return coordinates in which coarse states are compared, (N, n_features).
 
     cos and sin of every dihedral of the bead topology, and the distances between beads more than
-    three bonds apart (all distances, if there is no dihedral; at
-    most 2000, evenly chosen), each over its standard deviation and scaled so that all distances together weigh a quarter of all dihedrals together. Without a
-    topology the states are torsions (N, n_torsions): their cos and sin.
+    three bonds apart (all distances, if there is no dihedral; at most 2000, evenly chosen), each
+    over its standard deviation and scaled so that all distances together weigh a quarter of all
+    dihedrals together. Without a topology the states are torsions (N, n_torsions): their cos and
+    sin.
     """
     if topology is None:
         return np.concatenate([np.cos(beads), np.sin(beads)], axis=1)
