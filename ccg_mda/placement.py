@@ -13,11 +13,12 @@ The volume element is ``dx = r² sin θ dr dθ dφ``. Where p1 already has two p
 are references, so that φ is a stiff improper dihedral whose sign carries the chirality. An atom
 beyond a linear group (a nitrile's N) is placed by Cartesian components in the same frame instead.
 
-**Beads that are not atoms.** One *fragment* of every bead's atoms, a branch of the molecule with
-weight W in the bead, is built around its root at the point where the centre of the fragment must
-lie, given the bead and its other atoms, and then shifted so that ``M x = s`` holds. Relative to the
-root that is a shear, so the volume of the fibre {x : M x = s} is the product of the volumes of the
-atoms placed, times W⁻³. A bead that is an atom is the fragment of that atom alone.
+**Beads that are not atoms.** One *fragment* of every bead's atoms is built around its root at the
+point where the centre of the fragment must lie, given the bead and its other atoms, and is then
+shifted so that ``M x = s`` holds. It is the heaviest branch of the molecule within the bead: all
+atoms, unless the bead consists of unbonded parts. Relative to the root that is a shear, so the
+volume of the fibre {x : M x = s} is the product of the volumes of the atoms placed, times W⁻³, W
+the weight of the fragment in the bead. A bead that is an atom is the fragment of that atom alone.
 
 **Too few points.** Where a molecule has one or two points so far, the missing references are axes
 of the laboratory, and the angles measured from them are uniform: the orientation of the molecule.

@@ -73,6 +73,7 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
     run("reference data", _get_reference)
     run("data check", _check_data, progress=progress)
     run("flow: likelihood", learning.fit_likelihood)
+    run("flow: coordinates", learning.fit_coordinates)
     if workspace.by_torsions:
         run("flow: forces", learning.fit_forces_by_torsions)
         run("free energies", exploring.label_torsions)

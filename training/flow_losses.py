@@ -93,9 +93,7 @@ NAMED_LOSSES = {
     "label": FlowLoss(noise_force=0.0, energy=0.0),
     "forces": FlowLoss(energy=0.0),
     "forces+energy": FlowLoss(),
-    "coordinate_forces+energy": FlowLoss(
-        noise_force=0.0, label=0.0, coordinate_force=2.0, coordinate_label=0.03
-    ),
+    "coordinate_force": FlowLoss(noise_force=0.0, label=0.0, energy=0.0, coordinate_force=2.0),
     "log_variance": FlowLoss(noise_force=0.0, label=0.0, energy=0.0, log_variance=0.5),
     "reverse_kl": FlowLoss(noise_force=0.0, label=0.0, energy=0.0, reverse_kl=1.0),
     "weighted_kl": FlowLoss(noise_force=0.0, label=0.0, energy=0.0, weighted_kl=1.0),

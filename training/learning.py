@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -68,34 +66,41 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
         patience=settings.patience,
         progress=_show_terms(stage),
     )
-    workspace.save(workspace.iteration(0) / "flow.ccg", {"backmapper": flow})
+    workspace.save(workspace.iteration(0) / "likelihood.ccg", {"backmapper": flow})
     held = held_coordinates(flow.config, flow.cg_map)
     return {"nll": mean_nll(flow, held_out.positions), "held": held, "fit": str(fit)}
+
+
+def fit_coordinates(workspace: Workspace, stage: Stage) -> Metrics:
+    """Fit the flow to forces along internal coordinates: cheap, and without a force field."""
+    folder, settings = workspace.iteration(0), workspace.config.flow
+    flow = Backmapper.load(folder / "likelihood.ccg")
+    metrics: Metrics = {}
+    if settings.coordinate_steps:
+        terms, steps = FlowLoss.named("coordinate_force"), settings.coordinate_steps
+        train, held_out = _with_forces(workspace, flow)
+        metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, 0, 12)
+    workspace.save(folder / "flow.ccg", {"backmapper": flow})
+    return metrics
 
 
 def fit_forces_by_torsions(workspace: Workspace, stage: Stage) -> Metrics:
     """Fit the flow to forces where torsions are the coarse variables.
 
-    There is no force field over torsions, hence no term that needs F(s): the gradients of ln w
-    along coordinates and noise alone.
+    There is no force field over torsions, hence no term that needs F(s).
     """
-    folder = workspace.iteration(0)
+    folder, settings = workspace.iteration(0), workspace.config.flow
     flow = Backmapper.load(folder / "flow.ccg")
-    train, held_out = (
-        FlowFrames(positions, np.ones(len(positions)), forces)
-        for positions, forces in (
-            in_own_frame(flow, data.positions, data.forces) for data in workspace.data
-        )
-    )
-    metrics = _fit_stages(workspace, stage, flow, train, held_out, 0, without_free_energy)
-    metrics["nll"] = mean_nll(flow, held_out.positions)
+    terms = without_free_energy(FlowLoss.named(settings.loss))
+    train, held_out = _with_forces(workspace, flow)
+    metrics = _fit(workspace, stage, flow, train, held_out, terms, settings.force_steps, 0, 3)
     workspace.save(folder / "model.ccg", {"backmapper": flow})
     return metrics
 
 
 def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     """Fit the flow to forces: on frames, and after the first iteration on its own samples."""
-    folder = workspace.iteration(k)
+    folder, settings = workspace.iteration(k), workspace.config.flow
     if k == 0:
         flow = Backmapper.load(folder / "flow.ccg")
         force_field = ForceField.from_model(load_model(folder / "force_field.ccg"))
@@ -103,16 +108,18 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         before = workspace.model(k - 1)
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
     train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
-    judged = held_out
     if k:
         own, state = _as_frames(Samples.load(folder / "samples.npz"), force_field)
         kept_back = state % 10 == 0
         train = train.joined(own[~kept_back])
         # Stored frames alone would stop the fit as soon as it learns anything new.
         thinned = held_out[:: max(1, len(held_out) // max(1, kept_back.sum()))]
-        judged = thinned.joined(own[kept_back])
-    metrics = _fit_stages(workspace, stage, flow, train, judged, k)
-    metrics["nll"] = mean_nll(flow, held_out.positions)
+        held_out = thinned.joined(own[kept_back])
+    steps, terms = (
+        settings.refit_steps if k else settings.force_steps,
+        FlowLoss.named(settings.loss),
+    )
+    metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, k, 3)
     if k:
         workspace.save(folder / "flow.ccg", {"backmapper": flow})
     else:
@@ -120,45 +127,50 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     return metrics
 
 
+def _with_forces(workspace: Workspace, flow: Backmapper) -> list[FlowFrames]:
+    """Return training and held-out frames with their forces, as the flow sees them."""
+    frames = []
+    for data in workspace.data:
+        positions, forces = data.positions, data.forces
+        if workspace.by_torsions:
+            positions, forces = in_own_frame(flow, positions, forces)
+        frames.append(FlowFrames(positions, np.ones(len(positions)), forces))
+    return frames
+
+
 def _with_bead_forces(data: ReferenceData, force_field: ForceField) -> FlowFrames:
     energy, force = bead_energies(force_field, force_field.cg_map.apply(data.positions))
     return FlowFrames(data.positions, np.ones(len(data)), data.forces, data.energy, force, energy)
 
 
-def _fit_stages(
+def _fit(
     workspace: Workspace,
     stage: Stage,
     flow: Backmapper,
     train: FlowFrames,
     judged: FlowFrames,
-    k: int,
-    adapted: Callable[[FlowLoss], FlowLoss] = lambda terms: terms,
+    terms: FlowLoss,
+    steps: int,
+    *seed: int,
 ) -> Metrics:
-    """Fit along internal coordinates first, which is cheap, then by the loss of the run."""
+    """Fit by the terms of a loss, at full learning rate along coordinates, else at half of it."""
     settings = workspace.config.flow
-    loss, rate = FlowLoss.named(settings.loss), settings.learning_rate
-    plan = [(FlowLoss.named("coordinate_forces+energy"), settings.coordinate_steps, rate)]
-    plan.append((loss, settings.force_steps, rate / 2))
-    if k:
-        plan = [(loss, settings.refit_steps, rate / 2)]
-    metrics: Metrics = {}
-    for n, (terms, steps, peak) in enumerate(plan):
-        if not steps:
-            continue
-        fit = fit_flow(
-            flow,
-            train,
-            terms=adapted(terms),
-            steps=steps,
-            batch_size=settings.batch_size,
-            learning_rate=peak,
-            seed=workspace.seed(k, 3, n),
-            held_out=judged,
-            patience=settings.patience,
-            progress=_show_terms(stage),
-        )
-        metrics |= {"loss": fit.history[-1], f"fit_{n}": str(fit)}
-    return metrics
+    if not steps:
+        return {}
+    fit = fit_flow(
+        flow,
+        train,
+        terms=terms,
+        steps=steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate / (1 if terms.coordinate_force else 2),
+        seed=workspace.seed(*seed),
+        held_out=judged,
+        patience=settings.patience,
+        progress=_show_terms(stage),
+    )
+    held_out = workspace.data[1].positions
+    return {"loss": fit.history[-1], "fit": str(fit), "nll": mean_nll(flow, held_out)}
 
 
 def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:

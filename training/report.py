@@ -135,9 +135,8 @@ def flow_facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         stage, _, part = record.get("stage", "").partition(": ")
         if stage != "flow":
             continue
-        fits = [str(value) for key, value in record.items() if key.split("_")[0] == "fit"]
-        if fits:
-            facts.append((part or f"turn {record['iteration']}", "; then ".join(fits)))
+        if (fit := record.get("fit")) is not None:
+            facts.append((part or f"turn {record['iteration']}", str(fit)))
         if (held := record.get("held")) is not None:
             facts.append(("held rigid", _held(held)))
     return facts

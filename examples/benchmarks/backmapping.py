@@ -53,7 +53,7 @@ from ccg_training.reference import ReferenceData
 class Recipe:
     """How long each stage of training is, and the architecture."""
 
-    likelihood_steps: int = 1100
+    likelihood_steps: int = 700
     coordinate_steps: int = 1000
     force_steps: int = 500
     force_rate: float = 1e-3
@@ -65,12 +65,8 @@ class Recipe:
 
 PHI_PSI = ((4, 6, 8, 14), (6, 8, 14, 16))  # atoms of alanine dipeptide
 RECIPES = {
-    # A coordinate moved alone shifts a whole bead and strains its bonds: noise terms only.
-    "alanine_com": Recipe(
-        coordinate_steps=0,
-        force_steps=300,
-        architecture={"width": 64, "n_layers": 3, "hops": 12},
-    ),
+    # Forces make it worse here: they decide for the shape of stiff bonds against where atoms lie.
+    "alanine_com": Recipe(likelihood_steps=2500, force_steps=0),
     "ethane": Recipe(likelihood_steps=600, coordinate_steps=400, force_steps=200),
     "chignolin": Recipe(
         likelihood_steps=1500,
@@ -102,7 +98,7 @@ def load(name: str) -> systems.System:
 def train(
     system: systems.System, data: ReferenceData, recipe: Recipe, seed: int
 ) -> tuple[Backmapper, ForceField | None]:
-    """Fit by likelihood, then a bead force field to the flow's labels, then by forces."""
+    """Fit by likelihood, by forces along coordinates, then by all terms with a bead force field."""
     m, kelvin = system.cg_map, system.temperature_K
     torch.manual_seed(seed)
     flow = Backmapper.from_data(m, kelvin, torch.from_numpy(data.positions), **recipe.architecture)
@@ -127,31 +123,24 @@ def train(
     fit(LIKELIHOOD_ONLY, recipe.likelihood_steps, 2 * recipe.batch_size, 2e-3, clip=5.0)
     if data.forces is None or not recipe.force_steps:
         return flow, None
+    for k, part in enumerate(parts):
+        positions, forces = part.positions, part.forces
+        if isinstance(m, TorsionMap):
+            positions, forces = in_own_frame(flow, positions, forces)
+        frames[k] = replace(frames[k], positions=positions, forces=forces)
+    if recipe.coordinate_steps:
+        along = FlowLoss.named("coordinate_force")
+        fit(along, recipe.coordinate_steps, recipe.batch_size, 2e-3)
     terms, force_field = FlowLoss(), None
     if isinstance(m, TorsionMap):
-        own = [in_own_frame(flow, part.positions, part.forces) for part in parts]
-        frames = [FlowFrames(x, known.weight, f) for (x, f), known in zip(own, frames, strict=True)]
         terms = without_free_energy(terms)
     else:
         force_field = fit_beads(flow, parts[0], recipe, seed)
         for k, part in enumerate(parts):
-            energy, force = bead_energies(force_field, m.apply(part.positions))
+            free_energy, force = bead_energies(force_field, m.apply(part.positions))
             frames[k] = replace(
-                frames[k],
-                forces=part.forces,
-                energy=part.energy,
-                bead_force=force,
-                free_energy=energy,
+                frames[k], energy=part.energy, bead_force=force, free_energy=free_energy
             )
-    along = replace(
-        terms,
-        noise_force=0.0,
-        label=0.0,
-        coordinate_force=terms.noise_force,
-        coordinate_label=terms.label,
-    )
-    if recipe.coordinate_steps:
-        fit(along, recipe.coordinate_steps, recipe.batch_size, 2e-3)
     fit(terms, recipe.force_steps, recipe.batch_size, recipe.force_rate)
     return flow, force_field
 
@@ -180,7 +169,7 @@ def improve(
     found = restrained_frames(system, flow, data, calls, rng)
     few = known[rng.choice(len(known), min(len(known), 30_000), replace=False)]
     # The bead force field knows nothing of these states: no term that needs it.
-    for loss, steps, rate in (("coordinate_forces+energy", 600, 1.5e-3), ("forces", 100, 5e-4)):
+    for loss, steps, rate in (("coordinate_force", 600, 1.5e-3), ("forces", 100, 5e-4)):
         fit_flow(
             flow,
             few.joined(found),
@@ -409,6 +398,7 @@ def main() -> None:
             parts=parts,
         )
         found |= figures(system, flow, args, seed)
+        print(found, flush=True)
         if args.rare:
             start = time.process_time()
             improve(system, flow, data, args.rare, seed)

@@ -73,6 +73,7 @@ COMMAND = (
 ITERATED = ["bead dynamics", "reconstruction", "flow", "labels on frames", "force field"]
 STAGES = [
     *((name, 0) for name in ("reference data", "data check", "flow: likelihood")),
+    ("flow: coordinates", 0),
     *((name, 0) for name in ("labels on frames", "force field", "flow: forces")),
     *((name, k) for k in (1, 2) for name in ITERATED),
     *((name, 2) for name in ("final bead dynamics", "final reconstruction")),
