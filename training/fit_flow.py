@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ __all__ = [
     "ProgressCallback",
     "fit_flow",
     "flow_loss",
+    "frame_nll",
     "mean_nll",
     "relabellings",
     "without_free_energy",
@@ -294,7 +296,7 @@ def _check(
 ) -> None:
     needs = {
         "forces": terms.needs_forces,
-        "bead_force": terms.needs_labels and free_energy is None,
+        "bead_force": terms.label and free_energy is None,
         "energy": terms.energy > 0,
         "free_energy": terms.energy > 0 and free_energy is None,
     }
@@ -317,15 +319,15 @@ def _check(
 
 
 @torch.no_grad()
-def mean_nll(
+def frame_nll(
     flow: Backmapper, positions: np.ndarray, batch_size: int = 2000, **conditions: np.ndarray
-) -> float:
-    """Return the mean of -ln q(x|s) over frames (n, n_atoms, 3), in the flow's precision.
+) -> np.ndarray:
+    """Return -ln q(x|s) of frames, (n,), in the flow's precision.
 
     Parameters
     ----------
     flow, positions
-        The backmapper, and frames in Å.
+        The backmapper, and frames (n, n_atoms, 3) in Å.
     batch_size
         Frames per pass.
     **conditions
@@ -334,10 +336,15 @@ def mean_nll(
     """
     dtype = next(flow.parameters()).dtype
     centred = positions - positions.mean(1, keepdims=True)
-    total = 0.0
+    parts = []
     for start in range(0, len(positions), batch_size):
         part = slice(start, start + batch_size)
         x = torch.from_numpy(centred[part]).to(dtype)
         given = {k: torch.from_numpy(np.asarray(a[part])).to(dtype) for k, a in conditions.items()}
-        total -= float(flow.to_noise_terms(x, flow.cg_map.apply(x), **given)[2].double().sum())
-    return total / len(positions)
+        parts.append(-flow.to_noise_terms(x, flow.cg_map.apply(x), **given)[2].double())
+    return torch.cat(parts).numpy()
+
+
+def mean_nll(flow: Backmapper, positions: np.ndarray, **options: Any) -> float:
+    """Return the mean of `frame_nll`."""
+    return float(frame_nll(flow, positions, **options).mean())

@@ -7,9 +7,9 @@ On a frame (x, s) with stored force and energy, after `flow_recipe.md`; ln w = -
 - ``label``        |f - f(s)|², the scatter of the pulled-back label f = kT ∇_s ln w at fixed noise
   around the bead force: zero everywhere if q and the bead force are exact.
 - ``energy``       (ln w + F(s)/kT - c)², Huber: zero everywhere if both models are exact.
-- ``coordinate_force``, ``coordinate_label``  the same as ``noise_force`` and ``label``, but along
-  each internal coordinate, in units of its width, and along s at fixed internal coordinates: zero
-  where those are, and a third of their cost, since no pass through the generations is needed.
+- ``coordinate_force``  the same as ``noise_force``, but along each internal coordinate, in units of
+  its width: zero where that is, at a third of its cost, since no pass through the generations is
+  needed.
 
 The noise is a function of x *with its graph*: detached, x would move with the parameters while its
 force stays behind. The terms on the flow's own samples are in :mod:`.own_samples`.
@@ -39,7 +39,7 @@ class FlowLoss:
 
     Attributes
     ----------
-    likelihood, noise_force, label, energy, coordinate_force, coordinate_label
+    likelihood, noise_force, label, energy, coordinate_force
         On frames. The likelihood and the energy count per degree of freedom.
     log_variance, reverse_kl, weighted_kl
         On own samples, per degree of freedom. Near q = p, weights of 1/2, 1 and 1 give the same
@@ -51,20 +51,14 @@ class FlowLoss:
     label: float = 0.03
     energy: float = 10.0
     coordinate_force: float = 0.0
-    coordinate_label: float = 0.0
     log_variance: float = 0.0
     reverse_kl: float = 0.0
     weighted_kl: float = 0.0
 
     @property
-    def needs_labels(self) -> bool:
-        """True if any term compares with the force on the coarse variables."""
-        return bool(self.label or self.coordinate_label)
-
-    @property
     def needs_forces(self) -> bool:
         """True if any term compares with the forces on the atoms."""
-        return bool(self.noise_force or self.coordinate_force or self.needs_labels)
+        return bool(self.noise_force or self.coordinate_force or self.label)
 
     @property
     def needs_samples(self) -> bool:
@@ -105,7 +99,7 @@ NAMED_LOSSES = {
 
 def without_free_energy(terms: FlowLoss) -> FlowLoss:
     """Return a mixture less the terms that need a force or a free energy of the beads."""
-    return replace(terms, label=0.0, coordinate_label=0.0, energy=0.0)
+    return replace(terms, label=0.0, energy=0.0)
 
 
 def _capped(square: Tensor) -> Tensor:
@@ -149,9 +143,8 @@ def flow_loss(
     weight, given = batch["weight"], conditions(batch)
     positions = batch["positions"]
     coarse = flow.cg_map.apply(positions)
-    along = bool(terms.coordinate_force or terms.coordinate_label)
-    if along:
-        positions, coarse = positions.clone().requires_grad_(), coarse.requires_grad_()
+    if terms.coordinate_force:
+        positions = positions.clone().requires_grad_()
     noise, log_p, log_q = flow.to_noise_terms(positions, coarse, **given)
     values = {"likelihood": -(weight * log_q).mean() / flow.n_dof}
     bounded = weight.clamp_max(1.0)  # terms that vanish frame by frame need no unbiased average
@@ -172,18 +165,18 @@ def flow_loss(
         found["noise_force"], found["label"] = _along_noise(
             flow, noise, origin, batch["forces"], given
         )
-    if along:
-        found["coordinate_force"], found["coordinate_label"] = _along_coordinates(
+    if terms.coordinate_force:
+        found["coordinate_force"] = _along_coordinates(
             flow, positions, coarse, noise, log_p, log_q, batch["forces"]
         )
     bead_force = batch.get("bead_force")
-    if terms.needs_labels and bead_force is None:
+    if terms.label and bead_force is None:
         (slope,) = torch.autograd.grad(modelled.sum(), origin, create_graph=True)
         bead_force = -slope
     for name, force in found.items():
         if not getattr(terms, name):
             continue
-        if name.endswith("label"):
+        if name == "label":
             square = (force - bead_force).square().flatten(1).mean(1)
         else:
             # On a rotor's barrier the noise force grows as 1/p: measure it along the angle there.
@@ -218,18 +211,15 @@ def _along_coordinates(
     log_p: Tensor,
     log_q: Tensor,
     forces: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ln w along internal coordinates and, at fixed ones, along s.
+) -> Tensor:
+    """Return the gradient of ln w along internal coordinates.
 
     With x = x(y, s) of internal coordinates y, a map without parameters: ∇_y ln w = (∂x/∂y)ᵀ g,
     g = -∇U/kT - ∇_x ln q(x|s), scaled by the width |∂y/∂z| of each coordinate.
     """
-    g, along_s = torch.autograd.grad(log_q.sum(), [positions, coarse], create_graph=True)
-    x, s = positions.detach(), coarse.detach()
-    y = flow.internal_coordinates(x, s).requires_grad_()
+    (g,) = torch.autograd.grad(log_q.sum(), [positions], create_graph=True)
+    y = flow.internal_coordinates(positions.detach(), coarse).requires_grad_()
     normal = -0.5 * (noise.square() + _LOG_2PI)
     width = torch.exp(torch.where(flow.rotor_dof, -_LOG_2PI, normal) - log_p)
-    s.requires_grad_()
-    placed = flow.place_atoms(y, s)
-    force, label = torch.autograd.grad((placed * (forces - g)).sum(), [y, s], create_graph=True)
-    return force * width, label - along_s
+    work = (flow.place_atoms(y, coarse) * (forces - g)).sum()
+    return torch.autograd.grad(work, [y], create_graph=True)[0] * width

@@ -87,7 +87,7 @@ def test_all_terms_but_the_likelihood_vanish_for_the_exact_flow(target, frames):
     assert max(g.abs().max() for g in gradients if g is not None) < 1e-6
 
 
-ALL_ON_FRAMES = FlowLoss(coordinate_force=2.0, coordinate_label=0.03)
+ALL_ON_FRAMES = FlowLoss(coordinate_force=2.0)
 
 
 @pytest.mark.parametrize("size", [1e-3, 2e-3])
@@ -97,7 +97,7 @@ def test_they_are_quadratic_in_a_small_error_of_the_flow(target, frames, size):
         flow_loss(perturbed(target, factor * size, 2), batch, ALL_ON_FRAMES)[1]
         for factor in (1.0, 2.0)
     ]
-    for name in ("noise_force", "label", "energy", "coordinate_force", "coordinate_label"):
+    for name in ("noise_force", "label", "energy", "coordinate_force"):
         assert found[1][name] > 1e-5
         assert found[1][name] / found[0][name] == pytest.approx(4.0, rel=0.25), name
 
@@ -124,7 +124,7 @@ def test_each_term_sees_the_error_that_it_is_there_for(target, frames):
 
 @pytest.mark.parametrize(
     "name",
-    ["likelihood", "noise_force", "label", "energy", "coordinate_force", "coordinate_label"],
+    ["likelihood", "noise_force", "label", "energy", "coordinate_force"],
 )
 def test_gradients_agree_with_finite_differences(chain, chain_frames, name):
     off = FlowLoss(likelihood=0.0, noise_force=0.0, label=0.0, energy=0.0)

@@ -119,7 +119,7 @@ def test_gradients_agree_with_finite_differences(chain, beads, name):
 def slopes() -> dict[str, np.ndarray]:
     """Derivatives of each estimator, from 20 independent batches, away from the truth."""
     truth = flow_of(SMALLEST)
-    flow = perturbed(truth, 0.02, 1)
+    flow = perturbed(truth, 0.015, 1)
     pairs = zip(flow.parameters(), truth.parameters(), strict=True)
     direction = [(a - b).detach() for a, b in pairs]
     beads = SMALLEST.cg_map.apply(structures(SMALLEST, 8, 7))
