@@ -233,7 +233,7 @@ def _scatter(workspace: Workspace, k: int) -> tuple[float, float]:
             spread = typical(samples.log_weight.var(axis=1))
         if np.isfinite([force, spread]).all():
             return force, spread
-    # Not measured; typical after likelihood alone (flow_recipe.md, run L5).
+    # Not measured; typical before the last fit (flow_recipe.md, run L5): on the safe side.
     return 60.0 * MDANALYSIS_FORCE**2, 0.5
 
 
