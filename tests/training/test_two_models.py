@@ -94,7 +94,7 @@ def flow(molecule) -> Backmapper:
 @pytest.fixture(scope="module")
 def samples(molecule, flow) -> Samples:
     rng = np.random.default_rng(1)
-    return reconstruct(flow, molecule, molecule.states(60, rng), 256, rng)
+    return reconstruct(flow, molecule, molecule.states(240, rng), 256, rng)
 
 
 def test_the_molecule_is_invariant_and_its_answers_are_consistent(molecule):
