@@ -60,8 +60,8 @@ class CircularDensity:
     κ, a Möbius map of the circle, makes peaks sharper than the series alone can: where beads and
     earlier atoms all but fix a torsion.
 
-    G on a grid comes from the Fourier series of ρ, which has converged to rounding for all
-    parameters, and between grid points from Gauss–Legendre quadrature of ρ.
+    G on a grid comes from the Fourier series of G', which has converged to rounding for all
+    parameters, and between grid points from Gauss–Legendre quadrature of G'.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ class CircularDensity:
         self._factor = (1.0 - self.floor) / self._grid_values.mean(-1)
 
     def _density(self, b: Tensor, extra: int = 0) -> Tensor:
-        """Return ρ at ``b``, whose last ``extra`` dimensions share their parameters."""
+        """Return G' at ``b``, whose last ``extra`` dimensions share their parameters."""
         waves = b[..., None] * self._orders
         waves = torch.cat([torch.cos(waves), torch.sin(waves)], -1)
         index = (..., *(None,) * extra)
@@ -109,7 +109,7 @@ class CircularDensity:
         return self.floor + self._factor[index] * torch.exp(series)
 
     def _local(self, start: Tensor, step: Tensor) -> Tensor:
-        """Return the integral of ρ from ``start`` to ``start + step``, within one grid cell."""
+        """Return the integral of G' from ``start`` to ``start + step``, within one grid cell."""
         rho = self._density(start[..., None] + step[..., None] * self._nodes, extra=1)
         return step * (rho @ self._weights)
 
@@ -118,21 +118,21 @@ class CircularDensity:
         wave = (self._primitive[cell] * self._grid_values).sum(-1)
         return self._grid[cell] + wave * self._factor
 
-    def _centred(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """Return b on the lifted circle, and db/da."""
-        a = (phi - self.direction) * self.multiplicity
-        cosine = torch.cos(a)
-        spread = (1.0 + cosine) + self._kappa.square() * (1.0 - cosine)
-        return _stretched(a, self._kappa), 2.0 * self._kappa / spread
+    def _centred(self, phi: Tensor) -> Tensor:
+        """Return a on the lifted circle."""
+        return (phi - self.direction) * self.multiplicity
 
     def log_density(self, phi: Tensor) -> Tensor:
         """Return ``ln ρ(φ)``, zero for the uniform density; shape of ``phi``."""
-        b, slope = self._centred(phi)
-        return torch.log(self._density(b) * slope)
+        a = self._centred(phi)
+        cosine = torch.cos(a)
+        spread = (1.0 + cosine) + self._kappa.square() * (1.0 - cosine)
+        slope = 2.0 * self._kappa / spread  # db/da
+        return torch.log(self._density(_stretched(a, self._kappa)) * slope)
 
     def uniform(self, phi: Tensor) -> Tensor:
         """Return ``u``, uniform on the lifted circle (not wrapped)."""
-        b, _ = self._centred(phi)
+        b = _stretched(self._centred(phi), self._kappa)
         turns = torch.floor(b.detach() / TWO_PI) * TWO_PI
         b = b - turns
         cell = (b.detach() * (self.n_grid / TWO_PI)).long().clamp(0, self.n_grid - 1)

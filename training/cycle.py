@@ -3,7 +3,7 @@
 Every stage reads what earlier ones left in the run directory and leaves its own files there::
 
     reference.npz                     atomistic frames
-    iteration_0/                      flow by likelihood, labels on frames, first force field
+    iteration_0/                      flow by likelihood and coordinates, labels, first force field
     iteration_k/dynamics/beads.dcd    bead ensemble of the previous force field, through ASE
     iteration_k/samples.npz           its reconstructions, through MDAnalysis, with energies
     iteration_k/labels.npz            ln Z(s) and mean forces at new s

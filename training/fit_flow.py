@@ -296,7 +296,7 @@ def _check(
 ) -> None:
     needs = {
         "forces": terms.needs_forces,
-        "bead_force": terms.label and free_energy is None,
+        "bead_force": terms.label > 0 and free_energy is None,
         "energy": terms.energy > 0,
         "free_energy": terms.energy > 0 and free_energy is None,
     }

@@ -137,7 +137,8 @@ class Batches:
             known = frames.free_energy is not None
             excess = (frames.energy - frames.free_energy if known else frames.energy) / kt
             self._by_frame["excess_energy" if known else "energy"] = excess - excess.mean()
-        self._cumulative = np.cumsum(frames.weight) / np.sum(frames.weight)
+        cumulative = np.cumsum(frames.weight)
+        self._cumulative = cumulative / cumulative[-1]  # ends at one: every draw lies below
         for arrays in (self._by_atom, self._by_frame):
             for name, array in arrays.items():
                 arrays[name] = torch.from_numpy(np.asarray(array, np.float32, order="C"))
@@ -151,7 +152,7 @@ class Batches:
     def draw(self, size: int) -> dict[str, Tensor]:
         """Return one batch of ``size`` frames of weight one, drawn by weight, with replacement."""
         place = np.searchsorted(self._cumulative, self._rng.random(size), side="right")
-        chosen = torch.from_numpy(place.clip(max=len(self._cumulative) - 1))
+        chosen = torch.from_numpy(place)
         order = torch.from_numpy(relabellings(self._flow, size, self._rng))
         order = order[..., None].expand(-1, -1, 3)
         batch = {name: torch.gather(a[chosen], 1, order) for name, a in self._by_atom.items()}

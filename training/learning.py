@@ -79,13 +79,11 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
 
 def fit_coordinates(workspace: Workspace, stage: Stage) -> Metrics:
     """Fit the flow to forces along internal coordinates: cheap, and without a force field."""
-    folder, settings = workspace.iteration(0), workspace.config.flow
+    folder, steps = workspace.iteration(0), workspace.config.flow.coordinate_steps
     flow = Backmapper.load(folder / "likelihood.ccg")
-    metrics: Metrics = {}
-    if settings.coordinate_steps:
-        terms, steps = FlowLoss.named("coordinate_force"), settings.coordinate_steps
-        train, held_out = _with_forces(workspace, flow)
-        metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, 0, 12)
+    terms = FlowLoss.named("coordinate_force")
+    train, held_out = _with_forces(workspace, flow)
+    metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, 0, 12)
     workspace.save(folder / "flow.ccg", {"backmapper": flow})
     return metrics
 
@@ -121,10 +119,8 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         # Stored frames alone would stop the fit as soon as it learns anything new.
         thinned = held_out[:: max(1, len(held_out) // max(1, kept_back.sum()))]
         held_out = thinned.joined(own[kept_back])
-    steps, terms = (
-        settings.refit_steps if k else settings.force_steps,
-        FlowLoss.named(settings.loss),
-    )
+    steps = settings.refit_steps if k else settings.force_steps
+    terms = FlowLoss.named(settings.loss)
     metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, k, 3)
     if k:
         workspace.save(folder / "flow.ccg", {"backmapper": flow})
