@@ -149,6 +149,51 @@ def _with_images(
     return site, image, positions[site] + image @ cell
 
 
+def batch_neighbours(
+    queries: np.ndarray, sites: np.ndarray, boxes: np.ndarray | None, cutoff_A: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Find the sites, and images of sites, around some places in every frame of a batch.
+
+    Parameters
+    ----------
+    queries, sites
+        Å, shapes (B, m, 3) and (B, n, 3); in a box, inside of it or not.
+    boxes
+        Periodic box of every frame, shape (B, 3, 3) or (B, 6); None for open space.
+    cutoff_A
+        Distance in Å.
+
+    Returns
+    -------
+    frame, query, site, shift
+        Of every pair, shapes (E,), and (E, 3) in Å: the pair is the vector
+        ``sites[frame, site] + shift - queries[frame, query]``.
+    """
+    pairs = [
+        _neighbours(*of_frame, None if boxes is None else boxes[b], cutoff_A)
+        for b, of_frame in enumerate(zip(queries, sites, strict=True))
+    ]
+    frame = np.repeat(np.arange(len(pairs)), [len(query) for query, _, _ in pairs])
+    return frame, *(np.concatenate(column) for column in zip(*pairs, strict=True))
+
+
+def _neighbours(
+    queries: np.ndarray, sites: np.ndarray, box: np.ndarray | None, cutoff_A: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return query, site and shift of all pairs of one frame."""
+    site, shift, turned = np.arange(len(sites)), np.zeros_like(sites), np.zeros_like(queries)
+    if box is not None:
+        cell = cell_of(box)
+        site, image, _ = _with_images(sites, cutoff_A, cell)
+        shift, turned = image @ cell, np.floor(queries @ np.linalg.inv(cell)) @ cell
+    one, other = (
+        cKDTree(places, balanced_tree=False) for places in (queries - turned, sites[site] + shift)
+    )
+    found = one.sparse_distance_matrix(other, cutoff_A, output_type="ndarray")
+    query, entry = found["i"], found["j"]
+    return query, site[entry], shift[entry] + turned[query]
+
+
 def batch_radius_edges(
     positions: np.ndarray, cutoff_A: float, boxes: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -141,8 +141,12 @@ class Bijection(nn.Module):
         log_temperature = None
         if temperature_K is not None:
             log_temperature = torch.log(temperature_K / self.temperature_K)
-        encoded = self.conditioner.encode(coarse, box)
-        return {"encoded": encoded, "coarse": coarse, "log_temperature": log_temperature}
+        return {
+            "encoded": self.conditioner.encode(coarse, box),
+            "box": box,
+            "coarse": coarse,
+            "log_temperature": log_temperature,
+        }
 
     def internal_coordinates(self, positions: Tensor, coarse: Tensor) -> Tensor:
         """Return r, θ, φ of every slot, (batch, n_slots, 3), of atoms (batch, n_atoms, 3)."""

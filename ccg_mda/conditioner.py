@@ -23,6 +23,7 @@ from ccg_ase.torsion_map import TorsionMap
 
 from .placement import Placement, local_frames
 from .sight import Blocks
+from .surroundings import Surroundings
 from .transforms import N_PARAMETERS
 
 N_HARMONICS = 3  # of an angle where it conditions something
@@ -103,6 +104,8 @@ class Conditioner(nn.Module):
         passes there are.
     channels, cutoff_A
         Size and range of the e3nn bead encoder.
+    around_A
+        How far torsions see earlier atoms through space, in Å; 0 for by bonds only.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Conditioner(nn.Module):
         bead_hops: int = 10,
         channels: int = 4,
         cutoff_A: float = 12.0,
+        around_A: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = {
@@ -126,6 +130,7 @@ class Conditioner(nn.Module):
             "bead_hops": bead_hops,
             "channels": channels,
             "cutoff_A": cutoff_A,
+            "around_A": around_A,
         }
         self.blocks = blocks = Blocks(cg_map, placement, rotor, hops, bead_hops)
         self.n_beads = cg_map.n_beads
@@ -156,6 +161,9 @@ class Conditioner(nn.Module):
         self.from_torsions = _Edges(
             blocks.torsion_source, blocks.torsion_edge, 2 * N_HARMONICS, n_out
         )
+        self.surroundings = None
+        if around_A > 0.0:
+            self.surroundings = Surroundings(cg_map, placement, blocks, n_out, around_A)
         self.from_self = nn.Parameter(torch.randn(n_kinds, 2 * N_HARMONICS, n_out) * 0.1)
         self.from_temperature = nn.Parameter(torch.zeros(n_kinds, n_out))
         self.bias = nn.Parameter(torch.zeros(n_kinds, n_out))
@@ -200,6 +208,7 @@ class Conditioner(nn.Module):
         points: Tensor,
         inner: Tensor,
         encoded: Tensor | None,
+        box: Tensor | None,
         coarse: Tensor,
         own: Tensor,
         log_temperature: Tensor | None,
@@ -217,6 +226,8 @@ class Conditioner(nn.Module):
             the last row, of roots, is zero.
         encoded
             From :meth:`encode`.
+        box
+            Cell vectors of each frame (batch, 3, 3), or None.
         coarse
             The given torsions (batch, n_torsions), or the beads.
         own
@@ -240,7 +251,7 @@ class Conditioner(nn.Module):
         firsts = origin.transpose(0, 1), frame.transpose(0, 1), own.transpose(0, 1)
         parts = [
             self._answer(
-                blocks[some], *(a[some] for a in firsts), points, inner, encoded, coarse,
+                blocks[some], *(a[some] for a in firsts), points, inner, encoded, box, coarse,
                 log_temperature,
             )
             for some in order.split(max(1, _ROWS // max(1, len(points))))
@@ -249,7 +260,7 @@ class Conditioner(nn.Module):
         return parameters.transpose(0, 1)[:, torch.argsort(order)], origin, frame
 
     def _answer(
-        self, blocks, origin, frame, own, points, inner, encoded, coarse, log_temperature
+        self, blocks, origin, frame, own, points, inner, encoded, box, coarse, log_temperature
     ) -> Tensor:
         """Return the parameters of blocks, (block, batch, N_PARAMETERS); origins etc. are alike."""
         dtype, kind = self.bias.dtype, self.kind[blocks]
@@ -271,6 +282,11 @@ class Conditioner(nn.Module):
         if edge.shape[1]:
             features = harmonics(_gather(coarse[..., None], source)[..., 0]).to(dtype)
             total = total + self.from_torsions(features, edge, present)
+        if self.surroundings is not None:
+            rows = torch.nonzero(self.surroundings.looks[blocks])[:, 0]
+            if len(rows):
+                around = self.surroundings(blocks[rows], origin[rows], frame[rows], points, box)
+                total = total.index_add(0, rows, around)
         if log_temperature is not None:
             shift = log_temperature[:, None].to(dtype)
             total = total + shift * self.from_temperature[kind][:, None]
@@ -288,5 +304,7 @@ class Conditioner(nn.Module):
         for layer in (self.from_beads, self.from_atoms):
             vectors = _gather(points, layer.source) - origin[:, :, None]
             layer.set_statistics(self._local(vectors, frame, every).transpose(0, 1))
+        if self.surroundings is not None:
+            self.surroundings.set_statistics(origin, frame, points, box)
         if self.encoder is not None:
             self.graph.set_distance_statistics(self.encoder, points[:, : self.n_beads], box)

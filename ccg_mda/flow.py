@@ -27,6 +27,8 @@ from .statistics import coordinate_statistics
 from .transforms import Base
 
 _STATISTICS_FRAMES = 5000
+_AROUND_A = 6.0
+_LARGE = 60  # atoms of a molecule that are more than bonds alone can tell of
 
 
 class Backmapper(Bijection):
@@ -48,7 +50,7 @@ class Backmapper(Bijection):
         Weight of a component with noise 1.5 times as wide, mixed into the density (theory.md E8).
     temperatures_K
         Lowest and highest temperature that the model was trained for; T0 alone by default.
-    width, n_layers, hops, bead_hops, channels, cutoff_A
+    width, n_layers, hops, bead_hops, channels, cutoff_A, around_A
         See :class:`Conditioner`.
 
     Notes
@@ -137,6 +139,7 @@ class Backmapper(Bijection):
         *,
         box: Tensor | None = None,
         hops: int = 3,
+        around_A: float | None = None,
         **options: Any,
     ) -> Backmapper:
         """Build a backmapper whose coordinates are standardised by frames (n, n_atoms, 3) in Å.
@@ -144,7 +147,11 @@ class Backmapper(Bijection):
         Dihedrals that spread over more than half a radian, or are ever 2 rad from their mean,
         become rotors on the full circle; bonds and angles that don't move are held. Molecules must
         be whole; ``box`` holds the cell vectors as rows, (3, 3) or (n, 3, 3), of periodic frames.
+        ``around_A`` is by default 6 Å where a molecule has more than 60 atoms, else 0.
         """
+        if around_A is None:
+            largest = np.bincount(cg_map.atoms.molecules).max()
+            around_A = _AROUND_A if largest > _LARGE else 0.0
         frames = positions.double()
         few = frames[:: max(1, len(frames) // 200)].numpy()
         placement = build_placement(cg_map, hops=hops, positions=few)
@@ -159,6 +166,7 @@ class Backmapper(Bijection):
             rigid=statistics.rigid,
             placement=placement,
             hops=hops,
+            around_A=around_A,
             **options,
         )
         for name in ("location", "scale", "held"):

@@ -168,6 +168,9 @@ class Flow(Section):
     hops: PositiveInt = Field(3, description="bonds over which an atom sees earlier atoms")
     bead_hops: PositiveInt = Field(10, description="bonds over which an atom sees beads")
     channels: PositiveInt = Field(4, description="features per irrep of the bead encoder")
+    around_A: NonNegativeFloat | None = Field(
+        None, description="sight of earlier atoms through space; 6 if a molecule has > 60 atoms"
+    )
     defensive: float = Field(
         0.0, ge=0, lt=1, description="weight of a component with noise 1.5 times as wide"
     )

@@ -55,6 +55,7 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
             hops=settings.hops,
             bead_hops=settings.bead_hops,
             channels=settings.channels,
+            around_A=settings.around_A,
             defensive=settings.defensive,
         )
     batch = 2 * settings.batch_size

@@ -47,7 +47,7 @@ class OwnSamples:
     n_states, n_samples
         States per step and samples at each: their product is the calls per step.
     cap_kT
-        Energies this far above the median of their state grow logarithmically from there.
+        Energies this far above the lowest tenth of their state grow logarithmically from there.
     min_ess, max_kl
         Trust region of ``weighted_kl``: least effective sample size (fraction) and largest KL, in
         nats, of the tempered weights.
@@ -201,13 +201,16 @@ def own_sample_loss(
 
 
 def _excess(energy: Tensor, n_states: int, cap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Cap U/kT above the median of each state; a state of clashes only doesn't count.
+    """Cap U/kT above the lowest tenth of each state; a state of clashes only doesn't count.
+
+    The median may be that of clashes itself, where a flow is new to a state.
 
     Returns the capped excess and its slope, (S K,), and which states count, (S,).
     """
     by_state = energy.view(n_states, -1)
-    middle = by_state.where(by_state.isfinite(), torch.nan).nanmedian(1, keepdim=True).values
-    alive = middle.isfinite()
-    excess = torch.where(alive, by_state - middle, torch.zeros_like(by_state))
+    finite = by_state.where(by_state.isfinite(), torch.nan)
+    low = finite.nanquantile(0.1, dim=1, keepdim=True)
+    alive = low.isfinite()
+    excess = torch.where(alive, by_state - low, torch.zeros_like(by_state))
     excess, slope = capped(excess.clamp_max(_LARGEST_KT), cap)
     return excess.flatten(), slope.flatten(), alive[:, 0]

@@ -257,6 +257,12 @@ def flow_of(kind: str, defensive: float = 0.0) -> Backmapper:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         flow = Backmapper.from_data(
-            case.map, TEMPERATURE_K, case.frames, width=8, channels=2, defensive=defensive
+            case.map,
+            TEMPERATURE_K,
+            case.frames,
+            width=8,
+            channels=2,
+            around_A=5.0,
+            defensive=defensive,
         )
     return randomised(flow)
