@@ -9,7 +9,7 @@ import numpy as np
 from ccg_ase.mapping import CGMap
 
 
-def bead_order(cg_map: CGMap, max_sequence: int) -> tuple[list[int], np.ndarray]:
+def bead_order(cg_map: CGMap, max_sequence: int) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Order beads along each molecule, or by colour in large ones.
 
     Parameters
@@ -22,13 +22,14 @@ def bead_order(cg_map: CGMap, max_sequence: int) -> tuple[list[int], np.ndarray]
 
     Returns
     -------
-    order, colour
-        Beads in order; and (n_beads,) colours, such that bonded beads differ: beads of one colour
-        are placed side by side. A bead that is placed by itself has a colour of its own.
+    order, colour, turn
+        Beads in order; (n_beads,) colours, such that bonded beads differ: beads of one colour are
+        placed side by side, a bead that is placed by itself has a colour of its own; and (n_beads,)
+        which turn of its molecule each bead has.
     """
-    colours = np.arange(cg_map.n_beads)
+    colours, turn = np.arange(cg_map.n_beads), np.zeros(cg_map.n_beads, dtype=int)
     if len(np.unique(cg_map.atom_index)) < len(cg_map.atom_index):
-        return colours.tolist(), colours
+        return colours.tolist(), colours, colours
     neighbours, seen = cg_map.beads.neighbours(), set()
     chains: list[int] = []
     keys: list[tuple[int, int]] = []
@@ -47,8 +48,8 @@ def bead_order(cg_map: CGMap, max_sequence: int) -> tuple[list[int], np.ndarray]
         for k, bead in enumerate(chain):
             taken = {colour.get(b) for b in neighbours[bead]}
             free = next(c for c in range(len(taken) + 1) if c not in taken)
-            colour[bead] = k if len(chain) <= max_sequence else free
+            colour[bead] = turn[bead] = k if len(chain) <= max_sequence else free
             colours[bead] = colour[bead] if len(chain) > max_sequence else -1 - bead
         keys += [(colour[bead], k) for k, bead in enumerate(chain, start=len(keys))]
         chains += chain
-    return [chains[k] for _, k in sorted(keys)], colours
+    return [chains[k] for _, k in sorted(keys)], colours, turn

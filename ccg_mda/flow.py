@@ -24,11 +24,10 @@ from .distribution import BackmapDistribution
 from .placement import Placement, atom_label
 from .placement_order import build_placement
 from .statistics import coordinate_statistics
+from .surroundings import default_sight_A
 from .transforms import Base
 
 _STATISTICS_FRAMES = 5000
-_AROUND_A = 6.0
-_LARGE = 60  # atoms of a molecule that are more than bonds alone can tell of
 
 
 class Backmapper(Bijection):
@@ -147,14 +146,13 @@ class Backmapper(Bijection):
         Dihedrals that spread over more than half a radian, or are ever 2 rad from their mean,
         become rotors on the full circle; bonds and angles that don't move are held. Molecules must
         be whole; ``box`` holds the cell vectors as rows, (3, 3) or (n, 3, 3), of periodic frames.
-        ``around_A`` is by default 6 Å where a molecule has more than 60 atoms, else 0.
+        ``around_A`` is by default that of :func:`default_sight_A`.
         """
         if around_A is None:
-            largest = np.bincount(cg_map.atoms.molecules).max()
-            around_A = _AROUND_A if largest > _LARGE else 0.0
+            around_A = default_sight_A(cg_map)
         frames = positions.double()
         few = frames[:: max(1, len(frames) // 200)].numpy()
-        placement = build_placement(cg_map, hops=hops, positions=few)
+        placement = build_placement(cg_map, hops=hops, positions=few, branches_last=around_A > 0.0)
         points = Assembly(cg_map, placement).points(cg_map.apply(frames), frames)
         none = np.zeros((len(placement.atoms), 3), dtype=bool)
         measured = Coordinates(cg_map, placement, none[:, 0], none).measure(points).unbind(-1)

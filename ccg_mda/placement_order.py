@@ -4,8 +4,14 @@ Atoms are placed bead by bead. Within a molecule, beads follow one another along
 that each sees what earlier ones decided; in a molecule of many beads, they are coloured such that
 bonded beads differ, and all beads of one colour are placed side by side: the number of generations
 then doesn't grow with the chain. Within a bead, heavy atoms come before hydrogens, each after an
-atom that it is bonded to, by atom index otherwise. All choices go by bonds, elements and the order
-of atoms within a residue, so that identical residues are placed alike.
+atom that it is bonded to, by atom index otherwise.
+
+Where torsions see through space, branches come after all that links beads that are atoms: a side
+chain can make room for a peptide group, which its two Cα hold, but not the other way round. Beads
+then grow their branches turn by turn, so that each sees those before.
+
+All choices go by bonds, elements and the order of atoms within a residue, so that identical
+residues are placed alike.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ def build_placement(
     hops: int = 3,
     positions: np.ndarray | None = None,
     max_sequence: int = MAX_SEQUENCE,
+    branches_last: bool = False,
 ) -> Placement:
     """Derive the placement of a map.
 
@@ -47,6 +54,8 @@ def build_placement(
         only, which takes all hydrogens to be there.
     max_sequence
         Number of beads up to which a molecule is placed bead after bead.
+    branches_last
+        Whether what hangs on the chain of beads that are atoms comes after all of the chain.
 
     Raises
     ------
@@ -58,7 +67,7 @@ def build_placement(
     if isinstance(cg_map, TorsionMap):
         builder.place_by_torsions(cg_map)
     else:
-        builder.place_by_beads(cg_map, max_sequence)
+        builder.place_by_beads(cg_map, max_sequence, branches_last)
     return builder.placement()
 
 
@@ -85,10 +94,11 @@ class _Builder:
         self.torsion_of: dict[int, int] = {}
         self.owner = cg_map.owner if self.n_beads else np.zeros(n, dtype=int)
         self.colour = np.arange(max(self.n_beads, 1))
+        self.floor = 0  # least generation of the slots to come
 
     # ------------------------------------------------------------------ beads
 
-    def place_by_beads(self, cg_map: CGMap, max_sequence: int) -> None:
+    def place_by_beads(self, cg_map: CGMap, max_sequence: int, branches_last: bool) -> None:
         owner = cg_map.owner
         if (owner < 0).any():
             lost = np.flatnonzero(owner < 0)
@@ -113,12 +123,38 @@ class _Builder:
                 )
             if single[bead]:
                 self._set_root(bead, next(iter(row)))
-        order, self.colour = bead_order(cg_map, max_sequence)
+        order, self.colour, turn = bead_order(cg_map, max_sequence)
+        links = self._links(single) if branches_last else set(range(len(self.atoms)))
         for bead in order:
             if single[bead]:
-                self._grow(members[bead])
+                self._grow([atom for atom in members[bead] if atom in links])
             else:
                 self._place_bead(bead, members[bead])
+        if branches_last:
+            last = -1
+            for bead in (bead for bead in order if single[bead]):
+                if turn[bead] != last:
+                    self.floor, last = 1 + self.gen.max(), turn[bead]
+                self._grow(members[bead])
+
+    def _links(self, single: np.ndarray) -> set[int]:
+        """Return the atoms between beads that are atoms, and those that end on such atoms."""
+        parent = {int(root): int(root) for root in self.roots[np.flatnonzero(single)]}
+        queue = list(parent)
+        for atom in queue:
+            for other in self.neighbours[atom]:
+                if other not in parent and self.owner[other] == self.owner[atom]:
+                    parent[other] = atom
+                    queue.append(other)
+        links: set[int] = set()
+        for atom in queue:
+            if any(self.owner[b] != self.owner[atom] for b in self.neighbours[atom]):
+                while atom not in links:
+                    links.add(atom)
+                    atom = parent[atom]
+        return links | {
+            b for a in links for b in self.neighbours[a] if len(self.neighbours[b]) == 1
+        }
 
     def _set_root(self, bead: int, atom: int) -> None:
         self.roots[bead] = atom
@@ -244,7 +280,7 @@ class _Builder:
         n = len(self.atoms)
         seen |= {(p - self.n_beads) % n for p in points if p >= self.n_beads}
         own = self.fragment[atom]
-        generation = 0 if own < 0 else self.start[own]
+        generation = self.floor if own < 0 else self.start[own]
         for j in seen:
             inside = own >= 0 and self.fragment[j] == own
             known = self.gen[j] if inside and j != self.roots[own] else self.ready[j]

@@ -6,8 +6,8 @@ the atoms placed earlier within some Å are summed up as a density in the atom's
     A_klm = Σ_j R_k(r_j, type of j) Y_lm(r_j),
 
 the one-particle basis of the atomic cluster expansion (Drautz, Phys. Rev. B 99, 014104, 2019). The
-first axis of the frame is the bond, so that the components m of A meet the harmonics of the torsion.
-R vanishes with two continuous derivatives at the cut-off.
+first axis of the frame is the bond, so that the components m of A meet the harmonics of the
+torsion. R vanishes with two continuous derivatives at the cut-off.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from ccg_ase.torsion_map import TorsionMap
 from .placement import Placement
 from .sight import Blocks, enumerate_keys
 
+_SIGHT_A = 6.0
+_LARGE = 60  # atoms of a molecule
 _N_CHANNELS = 8
 _L_MAX = 2
 _N_RADIAL = 8
@@ -34,8 +36,16 @@ _LEAST_SCALE = 0.01  # of what symmetry makes vanish, up to rounding
 _EDGES_PER_STEP = 4096  # a few megabytes: larger products leave the cache
 
 
+def default_sight_A(cg_map: CGMap | TorsionMap) -> float:
+    """Return how far torsions see by default, in Å: 6 if a molecule has more than 60 atoms, or 0.
+
+    In small molecules, bonds tell everything.
+    """
+    return _SIGHT_A if np.bincount(cg_map.atoms.molecules).max() > _LARGE else 0.0
+
+
 def implied(atoms: Topology) -> np.ndarray:
-    """Return which atoms are hydrogens on carbon, (n,): where they are follows from the carbon's."""
+    """Return which atoms are hydrogens on carbon, (n,): their places follow from the carbon's."""
     on_carbon = [
         element == "H" and any(atoms.elements[j] == "C" for j in bonded)
         for element, bonded in zip(atoms.elements, atoms.neighbours(), strict=True)

@@ -91,6 +91,7 @@ class Ablation:
             seed=1000 + seed,
             clip=clip,
             held_out=judged,
+            patience=20,  # twentieths: to the end, past the harm that a new peak of the rate does
             own=OwnSamples(self.potential) if terms.needs_samples else None,
             free_energy=self._fresh_force_field(seed) if joint else None,
         )

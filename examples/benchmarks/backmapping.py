@@ -18,23 +18,17 @@ import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import openmm
 import simulate
 import systems
 import torch
-from scipy.spatial.transform import Rotation
+from measures import PHI_PSI, figures
+from rare_states import improve
 
 from ccg_ase.checkpoint import save_model
 from ccg_ase.forcefield import ForceField
 from ccg_ase.prior import Prior
 from ccg_ase.torsion_map import TorsionMap
-from ccg_ase.units import thermal_energy
-from ccg_mda.diagnostics import diagnose
 from ccg_mda.flow import Backmapper
-from ccg_mda.structure import StructureReference
-from ccg_mda.weights import effective_sample_size, log_mean_exp
-from ccg_training import evaluation
-from ccg_training.estimators import label_variance, to_kJ_per_mol
 from ccg_training.evaluation import bead_energies
 from ccg_training.fit_flow import (
     LIKELIHOOD_ONLY,
@@ -45,7 +39,7 @@ from ccg_training.fit_flow import (
 )
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
-from ccg_training.reconstruction import in_own_frame, pull_back_frames, reconstruct
+from ccg_training.reconstruction import in_own_frame, pull_back_frames
 from ccg_training.reference import ReferenceData
 
 
@@ -63,7 +57,6 @@ class Recipe:
     architecture: dict = field(default_factory=lambda: {"width": 64, "n_layers": 3, "hops": 4})
 
 
-PHI_PSI = ((4, 6, 8, 14), (6, 8, 14, 16))  # atoms of alanine dipeptide
 RECIPES = {
     # Forces make it worse here: they decide for the shape of stiff bonds against where atoms lie.
     "alanine_com": Recipe(likelihood_steps=2500, force_steps=0),
@@ -76,6 +69,10 @@ RECIPES = {
         early_stopping=True,
         n_labels=2000,
         architecture={"width": 64, "n_layers": 3, "hops": 6},
+    ),
+    **dict.fromkeys(
+        simulate.BOXES,
+        Recipe(likelihood_steps=300, force_steps=0, batch_size=4, architecture={"width": 32}),
     ),
     "adenylate_kinase": Recipe(
         likelihood_steps=600,
@@ -101,9 +98,18 @@ def train(
     """Fit by likelihood, by forces along coordinates, then by all terms with a bead force field."""
     m, kelvin = system.cg_map, system.temperature_K
     torch.manual_seed(seed)
-    flow = Backmapper.from_data(m, kelvin, torch.from_numpy(data.positions), **recipe.architecture)
+    box = None if system.box is None else torch.diag(torch.as_tensor(system.box))
+    positions = torch.from_numpy(data.positions)
+    flow = Backmapper.from_data(m, kelvin, positions, box=box, **recipe.architecture)
     parts = data.split(0.1) if recipe.early_stopping else (data,)
-    frames = [FlowFrames(part.positions, np.ones(len(part))) for part in parts]
+    frames = [
+        FlowFrames(
+            part.positions,
+            np.ones(len(part)),
+            box=None if box is None else np.tile(box.numpy(), (len(part), 1, 1)),
+        )
+        for part in parts
+    ]
 
     def fit(terms: FlowLoss, steps: int, batch_size: int, rate: float, clip: float = 1.0) -> None:
         done = fit_flow(
@@ -160,207 +166,10 @@ def fit_beads(flow: Backmapper, data: ReferenceData, recipe: Recipe, seed: int) 
     return force_field
 
 
-def improve(
-    system: systems.System, flow: Backmapper, data: ReferenceData, calls: int, seed: int
-) -> None:
-    """Fit the flow to short restrained dynamics in each (φ, ψ) bin that has hardly any frames."""
-    rng = np.random.default_rng(seed)
-    known = FlowFrames(data.positions, np.ones(len(data)), data.forces)
-    found = restrained_frames(system, flow, data, calls, rng)
-    few = known[rng.choice(len(known), min(len(known), 30_000), replace=False)]
-    # The bead force field knows nothing of these states: no term that needs it.
-    for loss, steps, rate in (("coordinate_force", 600, 1.5e-3), ("forces", 100, 5e-4)):
-        fit_flow(
-            flow,
-            few.joined(found),
-            terms=without_free_energy(FlowLoss.named(loss)),
-            steps=steps,
-            batch_size=256,
-            learning_rate=rate,
-            seed=seed + 1,
-            progress=show,
-        )
-
-
-def restrained_frames(
-    system: systems.System,
-    flow: Backmapper,
-    data: ReferenceData,
-    calls: int,
-    rng: np.random.Generator,
-    n_start: int = 32,
-    n_frames: int = 40,
-) -> FlowFrames:
-    """Run dynamics with (φ, ψ) held near one state of every thin bin; stored forces are unbiased.
-
-    A bias in s leaves p(x|s) as it is, which is all that the flow learns.
-    """
-    states, angles = thin_states(system, data, rng)
-    n_steps = calls // len(states) - n_start - n_frames
-    run = n_steps * 2 // 3 // n_frames
-    biased = system.potential.system
-    force = openmm.CustomTorsionForce("0.5*k*min(d, 2*pi-d)^2; d=abs(theta-t0); pi=3.14159265")
-    force.addGlobalParameter("k", 100.0)
-    force.addPerTorsionParameter("t0")
-    for row in PHI_PSI:
-        force.addTorsion(*row, [0.0])
-    biased.addForce(force)
-    integrator = openmm.LangevinMiddleIntegrator(system.temperature_K, 5.0, 0.001)
-    integrator.setRandomNumberSeed(int(rng.integers(2**31)))
-    platform = openmm.Platform.getPlatformByName("Reference")
-    context = openmm.Context(biased, integrator, platform)
-    kept = []
-    for beads, target in zip(states, angles, strict=True):
-        with torch.no_grad():
-            start = flow(torch.from_numpy(beads[None])).rsample((n_start,), rng)[:, 0].numpy()
-        lowest = np.nanargmin(system.potential(start)[0])
-        for k, row in enumerate(PHI_PSI):
-            force.setTorsionParameters(k, *row, [float(target[k])])
-        force.updateParametersInContext(context)
-        context.setPositions(start[lowest] / 10.0)
-        context.setVelocitiesToTemperature(system.temperature_K, int(rng.integers(2**31)))
-        integrator.step(n_steps - n_frames * run)
-        for _ in range(n_frames):
-            integrator.step(run)
-            state = context.getState(positions=True).getPositions(asNumpy=True)
-            kept.append(state._value * 10.0)
-    positions = np.array(kept)
-    energy, forces = system.potential(positions)
-    sound = np.abs(energy - np.median(energy)) < 3.0  # eV: a start that dynamics couldn't relax
-    spent = len(states) * (n_start + n_steps + n_frames)
-    print(f"    {len(states)} thin bins, {sound.sum()} frames, {spent} calls", flush=True)
-    return FlowFrames(positions[sound], np.ones(sound.sum()), forces[sound])
-
-
-def thin_states(
-    system: systems.System, data: ReferenceData, rng: np.random.Generator, width: float = 20.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Turn stored beads to a random (φ, ψ) in every bin with fewer than ten frames."""
-    phi_psi = TorsionMap(system.cg_map.atoms, PHI_PSI)
-    place = np.floor(np.degrees(phi_psi.apply(data.positions)) / width).astype(int)
-    half = round(180.0 / width)
-    count = np.zeros((2 * half, 2 * half), dtype=int)
-    np.add.at(count, tuple(place.T + half), 1)
-    beads = system.cg_map.apply(data.positions)
-    beads = beads[rng.integers(len(beads), size=100 * count.size)]
-    for axis, moved in (((1, 2), 0), ((2, 3), 4)):
-        a, b = (beads[:, k] for k in axis)
-        turn = Rotation.from_rotvec(rng.uniform(-np.pi, np.pi, (len(beads), 1)) * unit(b - a))
-        beads[:, moved] = a + turn.apply(beads[:, moved] - a)
-    angles = evaluation.torsions(beads, system.cg_map)[:, :2]
-    bin_of = np.floor(np.degrees(angles) / width).astype(int) + half
-    thin = np.flatnonzero(count[tuple(bin_of.T)] < 10)
-    _, first = np.unique(bin_of[thin], axis=0, return_index=True)
-    return beads[thin[first]], angles[thin[first]]
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
 def show(step: int, steps: int, values: dict[str, float]) -> None:
     if step % max(1, steps // 10) == 0:
         text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(f"    {time.process_time():.0f} s {step}/{steps} {text}", flush=True)
-
-
-def measure(
-    system: systems.System, flow: Backmapper, states: np.ndarray, n_samples: int, seed: int
-) -> dict[str, float]:
-    """Effective sample size and label variance at the states of given frames."""
-    coarse = system.cg_map.apply(system.held_out.positions[states])
-    rng = np.random.default_rng(seed)
-    ess, variance, slices = [], [], []
-    for piece in np.array_split(coarse, max(1, len(coarse) // 5)):
-        samples = reconstruct(flow, system.potential, piece, n_samples, rng)
-        ess.append(effective_sample_size(samples.log_weight, axis=1))
-        variance.append(label_variance(samples.log_weight, samples.labels))
-        if getattr(system.cg_map, "kind", "") == "slice":
-            slices.append(label_variance(samples.log_weight, samples.slice_labels))
-    ess = np.concatenate(ess)
-    found = {"ess": ess.mean(), "ess_median": np.median(ess), "ess_p5": np.percentile(ess, 5)}
-    if slices:
-        found["label_variance"] = to_kJ_per_mol(np.concatenate(variance).mean())
-        found["variance_ratio"] = np.concatenate(slices).mean() / np.concatenate(variance).mean()
-    return {name: float(value) for name, value in found.items()}
-
-
-def bond_profile(
-    system: systems.System, flow: Backmapper, n_samples: int, seed: int
-) -> dict[str, float]:
-    """Compare F(r) of two beads from ln Z(s) with the histogram of all frames, in kT."""
-    frames = np.concatenate([system.data.positions, system.held_out.positions])
-    r = np.linalg.norm(np.diff(system.cg_map.apply(frames), axis=1)[:, 0], axis=-1)
-    count, edges = np.histogram(r, 8, range=np.percentile(r, [5.0, 95.0]))
-    fine = edges[0] + (np.arange(32) + 0.5) * (edges[-1] - edges[0]) / 32  # four in each bin
-    beads = np.zeros((len(fine), 2, 3))
-    beads[:, 1] = fine[:, None] * unit(np.array([1.0, 2.0, 3.0]))
-    samples = reconstruct(flow, system.potential, beads, n_samples, np.random.default_rng(seed))
-    log_z, _ = log_mean_exp(samples.log_weight, axis=1)
-    density = np.exp(log_z - log_z.max()) * fine**2
-    found = -np.log(density.reshape(len(count), 4).mean(1)) + np.log(count)
-    found -= np.average(found, weights=count)
-    # Frames are 0.1 ps apart and nearly independent in r: the counting error is a lower bound.
-    return {
-        "profile_max_kT": float(np.abs(found).max()),
-        "profile_rms_kT": float(np.sqrt(np.mean(found**2))),
-        "profile_counting_error_kT": float((1.0 / np.sqrt(count)).max()),
-        "profile_chi2": float((found**2 * count).sum() / (len(count) - 1)),
-    }
-
-
-def bins(system: systems.System, rng: np.random.Generator, width: float) -> np.ndarray:
-    """Return one random held-out frame of each populated bin of (φ, ψ)."""
-    phi_psi = TorsionMap(system.cg_map.atoms, PHI_PSI)
-    angles = np.floor(np.degrees(phi_psi.apply(system.held_out.positions)) / width).astype(int)
-    shuffled = rng.permutation(len(angles))
-    _, first = np.unique(angles[shuffled], axis=0, return_index=True)
-    return shuffled[first]
-
-
-def inspect(
-    system: systems.System, flow: Backmapper, n_states: int, n_samples: int
-) -> dict[str, float]:
-    """Check the structure of unweighted samples against held-out frames."""
-    box = None if system.box is None else np.r_[system.box, 90.0, 90.0, 90.0]
-    frames = system.held_out.positions
-    reference = StructureReference.from_frames(system.cg_map.atoms, frames, box)
-    found = diagnose(
-        flow, frames, None, n_states, n_samples, reference=reference, box=box, batch_size=64
-    )
-    for row in (*found.structure.rows(), *found.coverage.rows()[:12]):
-        print("    " + "  ".join(map(str, row)))
-    figures = found.structure.summary() | found.coverage.summary()
-    for bond in ("C-N", "CA-C", "C-O"):
-        if bond in found.structure.bond_types:
-            figures[f"sd_ratio_{bond}"] = found.structure.spread_of(bond)
-    if system.potential is not None:
-        coarse = system.cg_map.apply(frames[:: max(1, len(frames) // n_states)])
-        x = flow(torch.from_numpy(coarse)).rsample(rng=np.random.default_rng(0)).detach()
-        kt = thermal_energy(system.temperature_K)
-        figures["median_energy_above_md_kT"] = (
-            float(np.median(system.potential(x.numpy())[0]) - np.median(system.held_out.energy))
-            / kt
-        )
-    return figures
-
-
-def figures(
-    system: systems.System, flow: Backmapper, args: argparse.Namespace, seed: int
-) -> dict[str, float]:
-    """Measure all that a system allows; the same states for the same seed."""
-    rng = np.random.default_rng(seed)
-    found = {}
-    if system.potential is not None:
-        chosen = rng.choice(len(system.held_out), args.states, replace=False)
-        found |= measure(system, flow, chosen, args.samples, seed)
-    if system.cg_map.coarse_shape == (2, 3):
-        found |= bond_profile(system, flow, args.samples, seed)
-    if not system.name.startswith("alanine"):
-        return found | inspect(system, flow, min(args.states, len(system.held_out)), 10)
-    each = bins(system, rng, 20.0)
-    of_bins = measure(system, flow, each, args.samples // 2, seed)
-    return found | {f"bins_{k}": v for k, v in of_bins.items()} | {"bins": len(each)}
 
 
 def main() -> None:
@@ -401,7 +210,7 @@ def main() -> None:
         print(found, flush=True)
         if args.rare:
             start = time.process_time()
-            improve(system, flow, data, args.rare, seed)
+            improve(system, flow, data, args.rare, seed, show)
             found["improve_s"] = time.process_time() - start
             found |= {f"rare_{k}": v for k, v in figures(system, flow, args, seed).items()}
         rows.append(found)

@@ -84,9 +84,9 @@ def paracetamol() -> Topology:
     return topology_of(names, bonds)
 
 
-def assert_sound(the_map: CGMap | TorsionMap) -> None:
+def assert_sound(the_map: CGMap | TorsionMap, **options: bool) -> None:
     """Every atom is placed once, from a bonded atom and others that are known before it."""
-    placement = build_placement(the_map)
+    placement = build_placement(the_map, **options)
     n, n_beads = the_map.n_atoms, the_map.n_beads
     assert sorted([*placement.atoms, *placement.roots]) == list(range(n))
     bonds = {frozenset(bond) for bond in the_map.atoms.bonds.tolist()}
@@ -131,6 +131,7 @@ def test_larger_molecules_are_placed_soundly(topology):
 def test_peptides_are_placed_soundly_and_always_alike(kind):
     the_map = peptide_map(peptide(5), kind)
     assert_sound(the_map)
+    assert_sound(the_map, branches_last=True)
     assert build_placement(the_map).to_dict() == build_placement(the_map).to_dict()
 
 
@@ -186,11 +187,27 @@ def test_number_of_generations_does_not_grow_with_a_long_chain(kind):
     assert short < 60
 
 
-def test_generations_of_a_very_long_chain():
+@pytest.mark.parametrize("branches_last", [False, True])
+def test_generations_of_a_very_long_chain(branches_last):
     short, long = (
-        build_placement(peptide_map(peptide(n), "CA")).generation.max() for n in (40, 400)
+        build_placement(peptide_map(peptide(n), "CA"), branches_last=branches_last).generation.max()
+        for n in (40, 400)
     )
     assert long == short
+
+
+def test_side_chains_follow_all_of_the_backbone_turn_by_turn():
+    the_map = peptide_map(peptide(6), "CA")
+    placement, atoms = build_placement(the_map, branches_last=True), the_map.atoms
+    generation = np.full(len(atoms), -1)
+    generation[placement.atoms] = placement.generation
+    inner = (atoms.resids > 1) & (atoms.resids < 6)
+    side = inner & ~np.isin(atoms.names, ["N", "H", "CA", "HA", "C", "O"])
+    backbone = inner & np.isin(atoms.names, ["N", "H", "C", "O"])
+    assert generation[backbone].max() < generation[side].min()
+    for residue in (2, 3, 4):
+        own, following = (side & (atoms.resids == residue + k) for k in (0, 1))
+        assert generation[own].max() < generation[following].min()
 
 
 @pytest.mark.parametrize("kind", DIPEPTIDE + OTHERS)

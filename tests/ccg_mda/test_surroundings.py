@@ -67,7 +67,9 @@ def test_density_is_the_sum_over_earlier_atoms(kind, box):
         n_seen += np.any(first)
         a = found[k, 1].numpy()
         np.testing.assert_allclose(a[0] * (4 * np.pi) ** 0.5, zeroth, atol=1e-5)
-        np.testing.assert_allclose(a[1:4] * (4 * np.pi / 3) ** 0.5, first + np.zeros((3, 8)), atol=1e-5)
+        np.testing.assert_allclose(
+            a[1:4] * (4 * np.pi / 3) ** 0.5, first + np.zeros((3, 8)), atol=1e-5
+        )
         # Sum rule: Σ_m Y_2m(u) Y_2m(v) = 5/4π P_2(u·v).
         squares = (second * second * np.ones((3, 3, 8))).sum((0, 1)) * 15 / (8 * np.pi)
         np.testing.assert_allclose((a[4:] ** 2).sum(0), squares, atol=1e-5)
