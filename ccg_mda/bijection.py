@@ -22,7 +22,7 @@ from ccg_ase.torsion_map import TorsionMap
 
 from .assembly import Assembly
 from .circular import N_ROTOR, CircularDensity
-from .conditioner import Conditioner, harmonics
+from .conditioner import Conditioner, harmonics, saturated
 from .coordinates import Coordinates
 from .placement import Placement, local_frames, place
 from .transforms import TWO_PI, Base, wrap
@@ -178,7 +178,7 @@ class Bijection(nn.Module):
 
     def _features(self, y: Tensor, phi: Tensor, slots: Tensor) -> Tensor:
         """Return what later atoms may know of the coordinates of slots, (batch, n, 3 + 2 K)."""
-        y = y * self.coordinates.invariant[slots]
+        y = saturated(y) * self.coordinates.invariant[slots]
         return torch.cat([y, harmonics(phi) * self.coordinates.rotor[slots, None]], -1)
 
     def _log_constant(self, noise: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ from .transforms import N_PARAMETERS
 N_HARMONICS = 3  # of an angle where it conditions something
 _N_INNER = 3 + 2 * N_HARMONICS
 _LEAST_SPREAD_A = 0.01
+_KNOWN = 5.0  # standard deviations within which inputs are taken as they are
+_BEYOND = 3.0  # what all values beyond them are worth at most
 _ROWS = 8192  # blocks times frames that are worked on at a time: some megabytes
 
 
@@ -37,6 +39,15 @@ def harmonics(angle: Tensor) -> Tensor:
     orders = torch.arange(1, N_HARMONICS + 1, dtype=angle.dtype, device=angle.device)
     waves = angle[..., None] * orders
     return torch.cat([torch.cos(waves), torch.sin(waves)], -1)
+
+
+def saturated(x: Tensor) -> Tensor:
+    """Return standardised values, those beyond five standard deviations bounded by eight; C².
+
+    States unlike all training data would otherwise be extrapolated without bounds.
+    """
+    beyond = (x.abs() - _KNOWN).clamp_min(0.0)
+    return x.clamp(-_KNOWN, _KNOWN) + x.sign() * _BEYOND * torch.tanh(beyond / _BEYOND)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
@@ -69,7 +80,7 @@ class _Edges(nn.Module):
 
     def scaled(self, vectors: Tensor, edge: Tensor) -> Tensor:
         """Standardise vectors (block, batch, source, 3) by the statistics of their edges."""
-        return (vectors - self.location[edge][:, None]) / self.scale[edge][:, None]
+        return saturated((vectors - self.location[edge][:, None]) / self.scale[edge][:, None])
 
     def forward(self, features: Tensor, edge: Tensor, present: Tensor) -> Tensor:
         """Map (block, batch, source, n_in) to (block, batch, n_out)."""
@@ -193,8 +204,8 @@ class Conditioner(nn.Module):
         dtype = self.bias.dtype
         scaled, local = self.from_beads.scaled(local, edge).to(dtype), local.to(dtype)
         # Solid harmonics of the saturated vector: smooth also where the bead is the origin.
-        saturated = local * torch.rsqrt(1.0 + local.square().sum(-1, keepdim=True))
-        parts = [scaled, o3.spherical_harmonics(2, saturated, normalize=False)]
+        near = local * torch.rsqrt(1.0 + local.square().sum(-1, keepdim=True))
+        parts = [scaled, o3.spherical_harmonics(2, near, normalize=False)]
         if encoded is not None:
             n = self.encoder.n_scalars
             vectors = encoded[..., n:, :].unflatten(-2, (-1, 3))

@@ -11,6 +11,7 @@ from systems import TEMPERATURE_K, flow_of, randomised, system
 
 from ccg_ase import load_model, save_model
 from ccg_mda import Backmapper
+from ccg_mda.conditioner import saturated
 
 
 def noise_of(kind: str, *shape: int) -> torch.Tensor:
@@ -57,6 +58,18 @@ def test_another_temperature_widens_the_density(ala2_map):
     assert torch.equal(at_own, flow(s).positions_from(noise))
     with pytest.raises(ValueError, match=r"from 250 to 450 K.*460 K"):
         flow(s, temperature_K=460.0)
+
+
+def test_inputs_far_outside_the_data_are_bounded_smoothly():
+    x = torch.linspace(-60.0, 60.0, 240_001, dtype=torch.float64)
+    value, h = saturated(x), (x[1] - x[0]).item()
+    inside = x.abs() <= 5.0
+    torch.testing.assert_close(value[inside], x[inside], rtol=0, atol=0)
+    assert value.abs().max() <= 8.0
+    slope, curvature = value.diff() / h, value.diff(n=2) / h**2
+    assert slope.min() > -1e-9  # rounding
+    assert slope.diff().abs().max() < h
+    assert curvature.diff().abs().max() < h
 
 
 @pytest.mark.parametrize("kind", ["mass", "torsions", "rigid waters"])
