@@ -117,6 +117,8 @@ class Conditioner(nn.Module):
         Size and range of the e3nn bead encoder.
     around_A
         How far torsions see earlier atoms through space, in Å; 0 for by bonds only.
+    families
+        Whether atoms of one name share weights in all residues, but for constants.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Conditioner(nn.Module):
         channels: int = 4,
         cutoff_A: float = 12.0,
         around_A: float = 0.0,
+        families: bool = False,
     ) -> None:
         super().__init__()
         self.config = {
@@ -142,14 +145,16 @@ class Conditioner(nn.Module):
             "channels": channels,
             "cutoff_A": cutoff_A,
             "around_A": around_A,
+            "families": families,
         }
-        self.blocks = blocks = Blocks(cg_map, placement, rotor, hops, bead_hops)
+        self.blocks = blocks = Blocks(cg_map, placement, rotor, hops, bead_hops, families)
         self.n_beads = cg_map.n_beads
         seen = [(a >= 0).sum(1) for a in (blocks.bead_source, blocks.atom_source)]
         index = {
             "slot": blocks.slot,
             "circular": blocks.circular,
             "kind": blocks.kind,
+            "family": blocks.family,
             "references": placement.references[blocks.slot],
             "atom_slot": np.maximum(blocks.atom_slot, 0),
             "rank": np.argsort(np.lexsort(seen), kind="stable"),
@@ -165,7 +170,7 @@ class Conditioner(nn.Module):
             self.encoder = Encoder(len(names), channels=channels, n_layers=1, cutoff_A=cutoff_A)
             self.graph = BeadGraph(cg_map.beads, cutoff_A, types)
             n_encoded = self.encoder.irreps_out.dim
-        n_kinds = int(blocks.kind.max(initial=-1)) + 1
+        n_kinds, n = (int(a.max(initial=-1)) + 1 for a in (blocks.kind, blocks.family))
         n_out = width + N_PARAMETERS  # hidden units, and a linear path straight to the output
         self.from_beads = _Edges(blocks.bead_source, blocks.bead_edge, 3 + 5 + n_encoded, n_out)
         self.from_atoms = _Edges(blocks.atom_source, blocks.atom_edge, 3 + _N_INNER, n_out)
@@ -178,9 +183,9 @@ class Conditioner(nn.Module):
         self.from_self = nn.Parameter(torch.randn(n_kinds, 2 * N_HARMONICS, n_out) * 0.1)
         self.from_temperature = nn.Parameter(torch.zeros(n_kinds, n_out))
         self.bias = nn.Parameter(torch.zeros(n_kinds, n_out))
-        self.hidden = nn.Parameter(torch.randn(n_layers - 1, n_kinds, width, width) / width**0.5)
-        self.hidden_bias = nn.Parameter(torch.zeros(n_layers - 1, n_kinds, width))
-        self.out = nn.Parameter(torch.zeros(n_kinds, width, N_PARAMETERS))
+        self.hidden = nn.Parameter(torch.randn(n_layers - 1, n, width, width) / width**0.5)
+        self.hidden_bias = nn.Parameter(torch.zeros(n_layers - 1, n, width))
+        self.out = nn.Parameter(torch.zeros(n, width, N_PARAMETERS))
         with torch.no_grad():
             for layer in (self.from_beads, self.from_atoms, self.from_torsions):
                 layer.weight[..., width:] = 0.0  # every density starts as the standardised one
@@ -302,10 +307,11 @@ class Conditioner(nn.Module):
             shift = log_temperature[:, None].to(dtype)
             total = total + shift * self.from_temperature[kind][:, None]
         hidden, linear = nn.functional.silu(total[..., : self.width]), total[..., self.width :]
+        family = self.family[blocks]
         for weight, bias in zip(self.hidden, self.hidden_bias, strict=True):
-            update = torch.baddbmm(bias[kind][:, None], hidden, weight[kind])
+            update = torch.baddbmm(bias[family][:, None], hidden, weight[family])
             hidden = hidden + nn.functional.silu(update)
-        return torch.baddbmm(linear, hidden, self.out[kind])
+        return torch.baddbmm(linear, hidden, self.out[family])
 
     @torch.no_grad()
     def set_statistics(self, points: Tensor, box: Tensor | None = None) -> None:

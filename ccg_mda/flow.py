@@ -49,7 +49,7 @@ class Backmapper(Bijection):
         Weight of a component with noise 1.5 times as wide, mixed into the density (theory.md E8).
     temperatures_K
         Lowest and highest temperature that the model was trained for; T0 alone by default.
-    width, n_layers, hops, bead_hops, channels, cutoff_A, around_A
+    width, n_layers, hops, bead_hops, channels, cutoff_A, around_A, families
         See :class:`Conditioner`.
 
     Notes
@@ -139,6 +139,7 @@ class Backmapper(Bijection):
         box: Tensor | None = None,
         hops: int = 3,
         around_A: float | None = None,
+        families: bool | None = None,
         **options: Any,
     ) -> Backmapper:
         """Build a backmapper whose coordinates are standardised by frames (n, n_atoms, 3) in Å.
@@ -146,7 +147,8 @@ class Backmapper(Bijection):
         Dihedrals that spread over more than half a radian, or are ever 2 rad from their mean,
         become rotors on the full circle; bonds and angles that don't move are held. Molecules must
         be whole; ``box`` holds the cell vectors as rows, (3, 3) or (n, 3, 3), of periodic frames.
-        ``around_A`` is by default that of :func:`default_sight_A`.
+        ``around_A`` is by default that of :func:`default_sight_A`; ``families`` is by default true
+        where that isn't zero.
         """
         if around_A is None:
             around_A = default_sight_A(cg_map)
@@ -165,6 +167,7 @@ class Backmapper(Bijection):
             placement=placement,
             hops=hops,
             around_A=around_A,
+            families=around_A > 0.0 if families is None else families,
             **options,
         )
         for name in ("location", "scale", "held"):

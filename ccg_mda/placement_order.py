@@ -304,14 +304,21 @@ class _Builder:
         return self.n_beads + atom + (len(self.atoms) if inside else 0)
 
     def _references(self, p1: int, atom: int) -> tuple[int, int]:
-        """Choose p2 and p3: bonded and stiff first, beads before atoms, then bead centres."""
+        """Choose p2 and p3: bonded and stiff first, beads before atoms, then bead centres.
+
+        An atom from which one or two bonds lead on to a known one, as in a ring or in a chain
+        between two beads, takes that as p2: then it meets that end by r and θ alone, given the
+        distance of p1 and p2. As p3, what hangs on p1 comes before what hangs on p2: it turns with
+        the atom.
+        """
         distance = {j: d for j, d in self.near[p1] if j not in (p1, atom) and self._known(j, atom)}
         is_root = set(self.roots.tolist()) if self.n_beads else set()
 
         def rank(j: int, d: int) -> tuple[int, bool, int]:
             return d, j not in is_root, self.rank[j]
 
-        nearest = sorted(distance, key=lambda j: rank(j, distance[j]))
+        beyond = {j: d for j, d in self.near[atom] if d <= 2 and distance.get(j) == d + 1}
+        nearest = sorted(distance, key=lambda j: (beyond.get(j, _NEAR), *rank(j, distance[j])))
         centres = self._bead_centres(p1)
         origin = self._point(p1, atom)
         seconds = [(self._point(j, atom), j) for j in nearest] + [(b, None) for b in centres]
@@ -324,12 +331,12 @@ class _Builder:
 
         def rank_third(j: int) -> tuple:
             d1, d2 = distance[j], from_second.get(j, far)
-            return min(d1, d2), *rank(j, d1)
+            return not d1 < min(d2, 3), min(d1, d2), *rank(j, d1)
 
         thirds = [j for j in sorted(distance, key=rank_third) if j != second]
         if second is not None:  # neighbours of p2 may be out of sight of p1
-            beyond = [j for j in from_second if j not in (p1, atom) and self._known(j, atom)]
-            thirds += [j for j in beyond if j not in distance]
+            others = [j for j in from_second if j not in (p1, atom) and self._known(j, atom)]
+            thirds += [j for j in others if j not in distance]
         points = [self._point(j, atom) for j in thirds] + [b for b in centres if b != p2]
         for p3 in points:
             if not self._collinear(origin, p2, p3):

@@ -6,7 +6,9 @@ atoms of earlier generations within ``hops`` bonds, or the given torsions.
 
 Weights are shared by *kind*: blocks of one residue and atom name with references of the same names
 are of one kind, and a source is known by the names along the path of bonds that leads to it. Hence
-identical residues share all weights, whatever their place in the chain.
+identical residues share all weights, whatever their place in the chain. A *family* is the same
+without the residue's name: with few frames of a large molecule, kinds of one family share all but
+their constants.
 """
 
 from __future__ import annotations
@@ -52,8 +54,13 @@ def distinct(topology: Topology) -> Topology:
     return replace(topology, names=names, types=types)
 
 
-def slot_kinds(cg_map: CGMap | TorsionMap, placement: Placement) -> np.ndarray:
-    """Return the kind of each slot, (n_slots,): its atom's type and the names of its references."""
+def slot_kinds(
+    cg_map: CGMap | TorsionMap, placement: Placement, by_family: bool = False
+) -> np.ndarray:
+    """Return the kind of each slot, (n_slots,): its atom's type and the names of its references.
+
+    Its family is the same by the atom's name.
+    """
     n_beads, n = cg_map.n_beads, cg_map.n_atoms
     atoms = distinct(cg_map.atoms)
 
@@ -62,8 +69,9 @@ def slot_kinds(cg_map: CGMap | TorsionMap, placement: Placement) -> np.ndarray:
             return f"bead {cg_map.beads.names[point]}"
         return "" if point < 0 else atoms.names[(point - n_beads) % n]
 
+    own = atoms.names if by_family else atoms.types
     keys = [
-        (atoms.types[atom], *map(name, row), bool(placement.linear[k]))
+        (own[atom], *map(name, row), bool(placement.linear[k]))
         for k, (atom, row) in enumerate(
             zip(placement.atoms.tolist(), placement.references.tolist(), strict=True)
         )
@@ -80,8 +88,9 @@ class Blocks:
         Placement slot of each block, and whether it is a rotor's dihedral; shape (n_blocks,).
     generation
         Sampling pass of each block: a rotor's dihedral before the rest of its atom.
-    kind
-        Which blocks share weights, shape (n_blocks,).
+    kind, family
+        Which blocks share constants, and which share all other weights: families, or kinds again;
+        shape (n_blocks,).
     axes
         Components of the local frame that are more than a choice of axes: all three, or the first
         where p3 is an axis of the laboratory, or none; shape (n_blocks, 3).
@@ -100,6 +109,7 @@ class Blocks:
         rotor: np.ndarray,
         hops: int,
         bead_hops: int,
+        families: bool = False,
     ) -> None:
         twice = 1 + rotor.astype(int)
         self.slot = np.repeat(np.arange(len(rotor)), twice)
@@ -108,10 +118,15 @@ class Blocks:
         self.generation = 2 * placement.generation[self.slot] + ~self.circular
         missing = placement.references[self.slot] < 0
         self.axes = ~np.stack([missing[:, 1], missing[:, 2], missing[:, 2]], axis=1)
-        self._find(cg_map, placement, hops, bead_hops)
+        self._find(cg_map, placement, hops, bead_hops, families)
 
     def _find(
-        self, cg_map: CGMap | TorsionMap, placement: Placement, hops: int, bead_hops: int
+        self,
+        cg_map: CGMap | TorsionMap,
+        placement: Placement,
+        hops: int,
+        bead_hops: int,
+        families: bool,
     ) -> None:
         n, n_beads = cg_map.n_atoms, cg_map.n_beads
         near = distinct(cg_map.atoms).near(placement.atoms, max(hops, bead_hops if n_beads else 0))
@@ -141,10 +156,14 @@ class Blocks:
         sees = np.zeros((len(placement.atoms), 2), dtype=bool)
         np.logical_or.at(sees[:, 0], row[earlier], side[earlier] < 0)
         np.logical_or.at(sees[:, 1], row[earlier], side[earlier] > 0)
-        kinds = slot_kinds(cg_map, placement)
-        keys = np.stack([kinds, *sees.T], axis=1)[self.slot]
-        keys = np.concatenate([keys, self.circular[:, None]], axis=1)
-        self.kind = np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
+        self.kind, self.family = (
+            np.unique(
+                np.column_stack([of_slot[self.slot], sees[self.slot], self.circular]),
+                axis=0,
+                return_inverse=True,
+            )[1].reshape(-1)
+            for of_slot in (slot_kinds(cg_map, placement, f) for f in (False, families))
+        )
 
         points = n_beads + site + n * inside
         self.bead_source, self.bead_edge = self._gather(
@@ -172,6 +191,8 @@ class Blocks:
         padded, relations = padded[self.slot], relations[self.slot]
         edge = np.full(padded.shape, -1)
         used = padded >= 0
-        pairs = np.stack([np.broadcast_to(self.kind[:, None], padded.shape)[used], relations[used]])
+        pairs = np.stack(
+            [np.broadcast_to(self.family[:, None], padded.shape)[used], relations[used]]
+        )
         edge[used] = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
         return padded, edge

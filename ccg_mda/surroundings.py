@@ -54,7 +54,7 @@ def implied(atoms: Topology) -> np.ndarray:
 
 
 class Surroundings(nn.Module):
-    """Maps the atoms around proper torsions to what the conditioner adds for their blocks.
+    """Maps the atoms around torsions, proper ones or rotors, to what the conditioner adds for their blocks.
 
     Parameters
     ----------
@@ -83,16 +83,16 @@ class Surroundings(nn.Module):
         self.cutoff_A, self.first_atom = float(cutoff_A), cg_map.n_beads
         turned = np.zeros(len(placement.atoms), dtype=bool)
         turned[blocks.slot[blocks.circular]] = True
-        looks = placement.proper & (placement.multiplicity == 1)
+        looks = (placement.proper | turned) & (placement.multiplicity == 1)
         looks = looks[blocks.slot] & (blocks.circular == turned[blocks.slot])
-        kind = np.full(len(looks), -1)
-        kind[looks] = np.unique(blocks.kind[looks], return_inverse=True)[1]
+        family = np.full(len(looks), -1)
+        family[looks] = np.unique(blocks.family[looks], return_inverse=True)[1]
         p1 = placement.references[blocks.slot, 0]
         implicit = implied(cg_map.atoms)
         n, root = cg_map.n_atoms, placement.roots[p1 % len(placement.roots)]
         index = {
             "looks": looks,
-            "kind": kind,
+            "family": family,
             "p1": np.where(p1 < self.first_atom, root, (p1 - self.first_atom) % n),
             "generation": placement.generation[blocks.slot],
             "ready": placement.ready,
@@ -106,8 +106,8 @@ class Surroundings(nn.Module):
         n_lm, n_classes = (_L_MAX + 1) ** 2, int(self.classes.max()) + 1
         self.radial = nn.Parameter(torch.randn(_N_RADIAL, _N_CHANNELS))
         self.embedding = nn.Parameter(torch.randn(n_classes, _N_CHANNELS))
-        n_kinds = int(kind.max(initial=-1)) + 1
-        self.weight = nn.Parameter(torch.zeros(n_kinds, n_lm * _N_CHANNELS, n_out))
+        n_families = int(family.max(initial=-1)) + 1
+        self.weight = nn.Parameter(torch.zeros(n_families, n_lm * _N_CHANNELS, n_out))
         self.register_buffer("scale", torch.ones(n_lm, _N_CHANNELS))
 
     @torch.no_grad()
@@ -170,4 +170,4 @@ class Surroundings(nn.Module):
             All points, (batch, n_points, 3), and cell vectors (batch, 3, 3) or None.
         """
         found = self.features(blocks, origin, frame, points, box) / self.scale
-        return torch.bmm(found.flatten(2), self.weight[self.kind[blocks]])
+        return torch.bmm(found.flatten(2), self.weight[self.family[blocks]])

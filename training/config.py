@@ -171,6 +171,9 @@ class Flow(Section):
     around_A: NonNegativeFloat | None = Field(
         None, description="sight of earlier atoms through space; 6 if a molecule has > 60 atoms"
     )
+    families: bool | None = Field(
+        None, description="same weights in all residues; true if a molecule has > 60 atoms"
+    )
     defensive: float = Field(
         0.0, ge=0, lt=1, description="weight of a component with noise 1.5 times as wide"
     )

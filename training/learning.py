@@ -56,6 +56,7 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
             bead_hops=settings.bead_hops,
             channels=settings.channels,
             around_A=settings.around_A,
+            families=settings.families,
             defensive=settings.defensive,
         )
     batch = 2 * settings.batch_size

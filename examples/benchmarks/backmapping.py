@@ -62,13 +62,11 @@ RECIPES = {
     "alanine_com": Recipe(likelihood_steps=2500, force_steps=0),
     "ethane": Recipe(likelihood_steps=600, coordinate_steps=400, force_steps=200),
     "chignolin": Recipe(
-        likelihood_steps=1500,
-        coordinate_steps=400,
-        force_steps=20,
+        likelihood_steps=900,
+        force_steps=0,
         batch_size=64,
         early_stopping=True,
-        n_labels=2000,
-        architecture={"width": 64, "n_layers": 3, "hops": 6},
+        architecture={"width": 32, "n_layers": 2, "hops": 3},
     ),
     **dict.fromkeys(
         simulate.BOXES,
@@ -77,7 +75,8 @@ RECIPES = {
     "adenylate_kinase": Recipe(
         likelihood_steps=600,
         batch_size=4,
-        architecture={"width": 16, "hops": 3, "channels": 2},
+        early_stopping=True,
+        architecture={"width": 16, "hops": 3, "bead_hops": 3, "channels": 2},
     ),
 }
 
