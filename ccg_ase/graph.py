@@ -13,6 +13,10 @@ MAX_BOND_CLASS = 4
 """Bond distances 1 to 4 are classes of their own; class 0 is everything farther."""
 
 
+_FEW_PAIRS = 200_000  # of a frame: tried one by one rather than searched in a tree
+_MARGIN_A = 0.01  # by which single precision may misjudge a distance
+
+
 def all_pairs(n: int) -> torch.Tensor:
     """Return all ordered pairs of n sites as (source, target), shape (2, n(n-1)), by target."""
     target, source = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
@@ -154,6 +158,8 @@ def batch_neighbours(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Find the sites, and images of sites, around some places in every frame of a batch.
 
+    Some pairs just beyond the distance may be among them.
+
     Parameters
     ----------
     queries, sites
@@ -169,6 +175,12 @@ def batch_neighbours(
         Of every pair, shapes (E,), and (E, 3) in Å: the pair is the vector
         ``sites[frame, site] + shift - queries[frame, query]``.
     """
+    if boxes is None and queries.shape[1] * sites.shape[1] <= _FEW_PAIRS:
+        centre = sites.mean(1, keepdims=True)
+        q, x = ((a - centre).astype(np.float32) for a in (queries, sites))
+        square = (q * q).sum(-1)[:, :, None] + (x * x).sum(-1)[:, None] - 2.0 * (q @ x.mT)
+        found = np.flatnonzero(square < (cutoff_A + _MARGIN_A) ** 2)
+        return *np.unravel_index(found, square.shape), np.zeros((len(found), 3))
     pairs = [
         _neighbours(*of_frame, None if boxes is None else boxes[b], cutoff_A)
         for b, of_frame in enumerate(zip(queries, sites, strict=True))

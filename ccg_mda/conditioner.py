@@ -46,8 +46,9 @@ def saturated(x: Tensor) -> Tensor:
 
     States unlike all training data would otherwise be extrapolated without bounds.
     """
-    beyond = (x.abs() - _KNOWN).clamp_min(0.0)
-    return x.clamp(-_KNOWN, _KNOWN) + x.sign() * _BEYOND * torch.tanh(beyond / _BEYOND)
+    known = x.clamp(-_KNOWN, _KNOWN)
+    beyond = x - known
+    return known + beyond * torch.rsqrt(1.0 + (beyond / _BEYOND).square())
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
@@ -80,7 +81,8 @@ class _Edges(nn.Module):
 
     def scaled(self, vectors: Tensor, edge: Tensor) -> Tensor:
         """Standardise vectors (block, batch, source, 3) by the statistics of their edges."""
-        return saturated((vectors - self.location[edge][:, None]) / self.scale[edge][:, None])
+        scaled = (vectors - self.location[edge][:, None]) / self.scale[edge][:, None]
+        return saturated(scaled.to(self.weight.dtype))
 
     def forward(self, features: Tensor, edge: Tensor, present: Tensor) -> Tensor:
         """Map (block, batch, source, n_in) to (block, batch, n_out)."""
@@ -207,7 +209,7 @@ class Conditioner(nn.Module):
     def _bead_features(self, local, frame, encoded, edge, blocks) -> Tensor:
         """Return what beads at local vectors tell, (block, batch, source, n_in)."""
         dtype = self.bias.dtype
-        scaled, local = self.from_beads.scaled(local, edge).to(dtype), local.to(dtype)
+        scaled, local = self.from_beads.scaled(local, edge), local.to(dtype)
         # Solid harmonics of the saturated vector: smooth also where the bead is the origin.
         near = local * torch.rsqrt(1.0 + local.square().sum(-1, keepdim=True))
         parts = [scaled, o3.spherical_harmonics(2, near, normalize=False)]
@@ -290,7 +292,7 @@ class Conditioner(nn.Module):
         source, edge, present = self.from_atoms.sources(blocks)
         if edge.shape[1]:
             local = self._local(_gather(points, source) - origin[:, :, None], frame, blocks)
-            scaled = self.from_atoms.scaled(local, edge).to(dtype)
+            scaled = self.from_atoms.scaled(local, edge)
             slots = self.atom_slot[blocks, : edge.shape[1]]
             features = torch.cat([scaled, _gather(inner, slots).to(dtype)], -1)
             total = total + self.from_atoms(features, edge, present)

@@ -62,7 +62,7 @@ RECIPES = {
     "alanine_com": Recipe(likelihood_steps=2500, force_steps=0),
     "ethane": Recipe(likelihood_steps=600, coordinate_steps=400, force_steps=200),
     "chignolin": Recipe(
-        likelihood_steps=900,
+        likelihood_steps=600,
         force_steps=0,
         batch_size=64,
         early_stopping=True,
@@ -73,10 +73,10 @@ RECIPES = {
         Recipe(likelihood_steps=300, force_steps=0, batch_size=4, architecture={"width": 32}),
     ),
     "adenylate_kinase": Recipe(
-        likelihood_steps=600,
-        batch_size=4,
+        likelihood_steps=200,
+        batch_size=2,
         early_stopping=True,
-        architecture={"width": 16, "hops": 3, "bead_hops": 3, "channels": 2},
+        architecture={"width": 16, "hops": 3, "bead_hops": 4, "channels": 2},
     ),
 }
 
