@@ -176,7 +176,7 @@ def batch_neighbours(
         ``sites[frame, site] + shift - queries[frame, query]``.
     """
     if boxes is None and queries.shape[1] * sites.shape[1] <= _FEW_PAIRS:
-        centre = sites.mean(1, keepdims=True)
+        centre = queries.mean(1, keepdims=True)
         q, x = ((a - centre).astype(np.float32) for a in (queries, sites))
         square = (q * q).sum(-1)[:, :, None] + (x * x).sum(-1)[:, None] - 2.0 * (q @ x.mT)
         found = np.flatnonzero(square < (cutoff_A + _MARGIN_A) ** 2)

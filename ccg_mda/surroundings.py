@@ -54,7 +54,7 @@ def implied(atoms: Topology) -> np.ndarray:
 
 
 class Surroundings(nn.Module):
-    """Maps the atoms around torsions, proper ones or rotors, to what the conditioner adds for their blocks.
+    """Maps the atoms around proper torsions and rotors to what is added for their blocks.
 
     Parameters
     ----------
