@@ -87,13 +87,10 @@ class Surroundings(nn.Module):
         looks = looks[blocks.slot] & (blocks.circular == turned[blocks.slot])
         family = np.full(len(looks), -1)
         family[looks] = np.unique(blocks.family[looks], return_inverse=True)[1]
-        p1 = placement.references[blocks.slot, 0]
         implicit = implied(cg_map.atoms)
-        n, root = cg_map.n_atoms, placement.roots[p1 % len(placement.roots)]
         index = {
             "looks": looks,
             "family": family,
-            "p1": np.where(p1 < self.first_atom, root, (p1 - self.first_atom) % n),
             "generation": placement.generation[blocks.slot],
             "ready": placement.ready,
             "seen": np.flatnonzero(~implicit),
@@ -115,22 +112,29 @@ class Surroundings(nn.Module):
         self, blocks: Tensor, origin: Tensor, points: Tensor, box: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return place in `blocks`, frame, atom and its shift of all atoms that a block sees."""
-        known = self.seen[self.ready[self.seen] < self.generation[blocks].max()]
+        generation = self.generation[blocks]
+        known = self.seen[self.ready[self.seen] < generation.max()]
         arrays = (origin.transpose(0, 1), points[:, self.first_atom + known], box)
         arrays = (None if a is None else a.cpu().numpy() for a in arrays)
         found = batch_neighbours(*arrays, self.cutoff_A)
         frame, row, entry, shift = (torch.as_tensor(a).to(points.device) for a in found)
-        block, atom = blocks[row], known[entry]
-        seen = (self.ready[atom] < self.generation[block]) & (atom != self.p1[block])
-        return row[seen], frame[seen], atom[seen], shift[seen].to(points)
+        atom = known[entry]
+        if (generation != generation[0]).any():
+            earlier = self.ready[atom] < generation[row]
+            frame, row, atom, shift = (a[earlier] for a in (frame, row, atom, shift))
+        return row, frame, atom, shift.to(points)
 
     def features(
         self, blocks: Tensor, origin: Tensor, frame: Tensor, points: Tensor, box: Tensor | None
     ) -> Tensor:
         """Return A of some blocks, (block, batch, (l, m), channel); arguments as in `forward`."""
         row, b, atom, shift = self._edges(blocks, origin, points, box)
-        vectors = points[b, self.first_atom + atom] + shift - origin[row, b]
-        local = torch.bmm(frame[row, b], vectors[..., None])[..., 0].to(self.weight.dtype)
+        place, dtype = row * len(points) + b, self.weight.dtype
+        site = b * points.shape[1] + self.first_atom + atom
+        vectors = points.flatten(0, 1).index_select(0, site)
+        vectors = vectors + shift - origin.flatten(0, 1).index_select(0, place)
+        axes = frame.to(dtype).flatten(0, 1).index_select(0, place)
+        local = torch.bmm(axes, vectors.to(dtype)[..., None])[..., 0]
         square = local.square().sum(-1, keepdim=True)
         distance = torch.sqrt(square + _SOFT_A**2)
         width = self.knots[1] - self.knots[0]
@@ -139,9 +143,9 @@ class Surroundings(nn.Module):
         radial = (waves @ self.radial) * self.embedding[self.classes[atom]] * fade
         angular = o3.spherical_harmonics([*range(_L_MAX + 1)], local / distance, normalize=False)
         total = radial.new_zeros(len(blocks) * len(points), *self.scale.shape)
-        parts = (a.split(_EDGES_PER_STEP) for a in (row * len(points) + b, angular, radial))
-        for place, y, r in zip(*parts, strict=True):
-            total.index_add_(0, place, y[:, :, None] * r[:, None])
+        parts = (a.split(_EDGES_PER_STEP) for a in (place, angular, radial))
+        for some, y, r in zip(*parts, strict=True):
+            total.index_add_(0, some, y[:, :, None] * r[:, None])
         return total.unflatten(0, (len(blocks), len(points)))
 
     @torch.no_grad()

@@ -120,7 +120,8 @@ def peak_MiB() -> float:
 def build(case: Case, width: int, dtype: torch.dtype = torch.float64) -> Backmapper:
     """Return a flow with some weights, as no training leaves them at zero."""
     torch.manual_seed(0)
-    flow = Backmapper.from_data(case.cg_map, 300.0, case.positions, box=case.box, width=width)
+    options = {"width": width, "bead_hops": 4, "channels": 2}  # as AdK in backmapping.py
+    flow = Backmapper.from_data(case.cg_map, 300.0, case.positions, box=case.box, **options)
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -35,15 +35,16 @@ def moments(
     found = [0.0, 0.0, 0.0]
     for j in (j for j in range(len(x)) if is_seen(flow, j, slot)):
         for v in (x[j] + shifts - origin) @ frame.T:
-            r = np.linalg.norm(v)
-            if 1e-8 < r < around.cutoff_A:
+            square = v @ v
+            if square < around.cutoff_A**2:
+                r = np.sqrt(square + 1e-6)  # smooth also at the atom that the bond ends at
                 waves = np.exp(-0.5 * ((r - 1.0) / width - np.arange(len(radial))) ** 2)
                 value = waves @ radial * embedding[sorted(set(elements)).index(elements[j])]
-                value = value * (1.0 - (r / around.cutoff_A) ** 2) ** 3
+                value = value * (1.0 - square / around.cutoff_A**2) ** 3
                 u = v / r
                 found[0] = found[0] + value
                 found[1] = found[1] + u[:, None] * value
-                found[2] = found[2] + (np.outer(u, u) - np.eye(3) / 3)[..., None] * value
+                found[2] = found[2] + (np.outer(u, u) - np.eye(3) * (u @ u) / 3)[..., None] * value
     return tuple(found)
 
 
