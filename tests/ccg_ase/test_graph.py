@@ -5,8 +5,14 @@ import pytest
 from ase.geometry import cell_to_cellpar
 from ase.neighborlist import primitive_neighbor_list
 
-from ccg_ase import Topology
-from ccg_ase.graph import BondClasses, batch_radius_edges, cell_of, radius_edges
+from ccg_ase import Topology, graph
+from ccg_ase.graph import (
+    BondClasses,
+    batch_neighbours,
+    batch_radius_edges,
+    cell_of,
+    radius_edges,
+)
 
 CELLS = {
     "cubic": np.diag([9.0, 9, 9]),
@@ -124,3 +130,32 @@ def test_refuses_boxes(box, message):
 def test_refuses_positions_that_are_not_finite():
     with pytest.raises(ValueError, match="site 1 isn't"):
         radius_edges(np.array([[0, 0, 0], [0, np.nan, 0]]), 3.0)
+
+
+@pytest.mark.parametrize("few", [0, 10**9], ids=["tree", "all distances"])
+def test_neighbours_of_places_are_those_of_all_distances(few, monkeypatch):
+    monkeypatch.setattr(graph, "_FEW_PAIRS", few)
+    rng = np.random.default_rng(0)
+    queries, sites = rng.uniform(100.0, 120.0, (3, 40, 3)), rng.uniform(100.0, 120.0, (3, 300, 3))
+    frame, query, site, shift = batch_neighbours(queries, sites, None, 4.0)
+    lengths = np.linalg.norm(sites[frame, site] - queries[frame, query], axis=-1)
+    assert lengths.max() < 4.02
+    assert not shift.any()
+    found = set(zip(frame[lengths < 4.0], query[lengths < 4.0], site[lengths < 4.0], strict=True))
+    apart = np.linalg.norm(sites[:, None] - queries[:, :, None], axis=-1)
+    assert found == set(zip(*np.nonzero(apart < 4.0), strict=True))
+    assert len(found) > 500
+    assert all(len(a) == 0 for a in batch_neighbours(queries, sites[:, :0], None, 4.0))
+
+
+def test_neighbours_in_a_cell_are_those_of_all_images():
+    rng, cell = np.random.default_rng(1), np.array([[9.0, 0, 0], [2.0, 8.0, 0], [-1.0, 3.0, 10.0]])
+    queries, sites = rng.uniform(-20.0, 20.0, (2, 5, 3)), rng.uniform(-20.0, 20.0, (2, 12, 3))
+    frame, query, site, shift = batch_neighbours(queries, sites, np.stack([cell] * 2), 6.0)
+    found = np.linalg.norm(sites[frame, site] + shift - queries[frame, query], axis=-1)
+    turns = np.array(list(product(range(-9, 10), repeat=3))) @ cell
+    for b, k in product(range(2), range(5)):
+        apart = np.linalg.norm(sites[b, :, None] + turns - queries[b, k], axis=-1)
+        expected = np.sort(apart[apart < 6.0])
+        mine = (frame == b) & (query == k)
+        np.testing.assert_allclose(np.sort(found[mine]), expected, atol=1e-10)
