@@ -3,7 +3,7 @@
 Bonds alone don't tell a side chain where the others are. Before an atom is turned about its bond,
 the atoms placed earlier within some Å are summed up as a density in the atom's local frame,
 
-    A_klm = Σ_j R_k(r_j, type of j) Y_lm(r_j),
+    A_klm = Σ_j R_k(r_j, element of j) Y_lm(r_j),
 
 the one-particle basis of the atomic cluster expansion (Drautz, Phys. Rev. B 99, 014104, 2019). The
 first axis of the frame is the bond, so that the components m of A meet the harmonics of the
@@ -87,13 +87,12 @@ class Surroundings(nn.Module):
         looks = looks[blocks.slot] & (blocks.circular == turned[blocks.slot])
         family = np.full(len(looks), -1)
         family[looks] = np.unique(blocks.family[looks], return_inverse=True)[1]
-        implicit = implied(cg_map.atoms)
         index = {
             "looks": looks,
             "family": family,
             "generation": placement.generation[blocks.slot],
             "ready": placement.ready,
-            "seen": np.flatnonzero(~implicit),
+            "seen": np.flatnonzero(~implied(cg_map.atoms)),
             "classes": enumerate_keys(cg_map.atoms.elements),
         }
         for name, value in index.items():
