@@ -169,7 +169,7 @@ class Flow(Section):
     bead_hops: PositiveInt = Field(10, description="bonds over which an atom sees beads")
     channels: PositiveInt = Field(4, description="features per irrep of the bead encoder")
     around_A: NonNegativeFloat | None = Field(
-        None, description="sight of earlier atoms through space; 6 if a molecule has > 60 atoms"
+        None, description="how far torsions see earlier atoms, in Å; 6 if a molecule has > 60 atoms"
     )
     families: bool | None = Field(
         None, description="same weights in all residues; true if a molecule has > 60 atoms"
