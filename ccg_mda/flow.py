@@ -24,7 +24,7 @@ from .distribution import BackmapDistribution
 from .placement import Placement, atom_label
 from .placement_order import build_placement
 from .statistics import coordinate_statistics
-from .surroundings import default_sight_A
+from .surroundings import sight_A
 from .transforms import Base
 
 _STATISTICS_FRAMES = 5000
@@ -147,11 +147,10 @@ class Backmapper(Bijection):
         Dihedrals that spread over more than half a radian, or are ever 2 rad from their mean,
         become rotors on the full circle; bonds and angles that don't move are held. Molecules must
         be whole; ``box`` holds the cell vectors as rows, (3, 3) or (n, 3, 3), of periodic frames.
-        ``around_A`` is by default that of :func:`default_sight_A`; ``families`` is by default true
+        ``around_A`` is by default that of :func:`sight_A`; ``families`` is by default true
         where that isn't zero.
         """
-        if around_A is None:
-            around_A = default_sight_A(cg_map)
+        around_A = sight_A(cg_map, around_A)
         frames = positions.double()
         few = frames[:: max(1, len(frames) // 200)].numpy()
         placement = build_placement(cg_map, hops=hops, positions=few, branches_last=around_A > 0.0)

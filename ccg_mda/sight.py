@@ -156,14 +156,14 @@ class Blocks:
         sees = np.zeros((len(placement.atoms), 2), dtype=bool)
         np.logical_or.at(sees[:, 0], row[earlier], side[earlier] < 0)
         np.logical_or.at(sees[:, 1], row[earlier], side[earlier] > 0)
-        self.kind, self.family = (
-            np.unique(
-                np.column_stack([of_slot[self.slot], sees[self.slot], self.circular]),
-                axis=0,
-                return_inverse=True,
-            )[1].reshape(-1)
-            for of_slot in (slot_kinds(cg_map, placement, f) for f in (False, families))
-        )
+
+        def alike(of_slot: np.ndarray) -> np.ndarray:
+            keys = np.column_stack([of_slot[self.slot], sees[self.slot], self.circular])
+            return np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
+
+        self.kind = self.family = alike(slot_kinds(cg_map, placement))
+        if families:
+            self.family = alike(slot_kinds(cg_map, placement, by_family=True))
 
         points = n_beads + site + n * inside
         self.bead_source, self.bead_edge = self._gather(

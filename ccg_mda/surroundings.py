@@ -36,11 +36,13 @@ _LEAST_SCALE = 0.01  # of what symmetry makes vanish, up to rounding
 _EDGES_PER_STEP = 4096  # a few megabytes: larger products leave the cache
 
 
-def default_sight_A(cg_map: CGMap | TorsionMap) -> float:
-    """Return how far torsions see by default, in Å: 6 if a molecule has more than 60 atoms, or 0.
+def sight_A(cg_map: CGMap | TorsionMap, given: float | None) -> float:
+    """Return how far torsions see, in Å: as given, or 6 if a molecule has more than 60 atoms, or 0.
 
     In small molecules, bonds tell everything.
     """
+    if given is not None:
+        return given
     return _SIGHT_A if np.bincount(cg_map.atoms.molecules).max() > _LARGE else 0.0
 
 

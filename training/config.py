@@ -172,7 +172,7 @@ class Flow(Section):
         None, description="how far torsions see earlier atoms, in Å; 6 if a molecule has > 60 atoms"
     )
     families: bool | None = Field(
-        None, description="same weights in all residues; true if a molecule has > 60 atoms"
+        None, description="same weights in all residues; true unless around_A is 0"
     )
     defensive: float = Field(
         0.0, ge=0, lt=1, description="weight of a component with noise 1.5 times as wide"

@@ -41,15 +41,14 @@ def mapping_of(config: Config) -> CGMap | TorsionMap:
 def placement_of(config: Config, cg_map: CGMap | TorsionMap) -> Placement:
     """Return how `ccg train` will place atoms, as far as the structure file shows."""
     from ccg_mda.placement_order import build_placement
-    from ccg_mda.surroundings import default_sight_A
+    from ccg_mda.surroundings import sight_A
 
     structure = universe_of(config).atoms.positions.astype(float)
-    sight_A = config.flow.around_A
     return build_placement(
         cg_map,
         hops=config.flow.hops,
         positions=structure[None],
-        branches_last=(default_sight_A(cg_map) if sight_A is None else sight_A) > 0.0,
+        branches_last=sight_A(cg_map, config.flow.around_A) > 0.0,
     )
 
 
