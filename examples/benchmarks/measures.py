@@ -88,7 +88,7 @@ def inspect(system: System, flow: Backmapper, n_states: int, n_samples: int) -> 
     for row in (*found.structure.rows(), *found.coverage.rows()[:12]):
         print("    " + "  ".join(map(str, row)))
     figures = found.structure.summary() | found.coverage.summary()
-    for bond in ("C-N", "CA-C", "C-O"):
+    for bond in ("C-N", "C-CA", "C-O"):
         if bond in found.structure.bond_types:
             figures[f"sd_ratio_{bond}"] = found.structure.spread_of(bond)
     if system.potential is not None:
