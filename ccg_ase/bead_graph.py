@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,49 @@ ALL_PAIRS_AT_MOST = 64
 """Up to this many beads in open space, every bead sees every other: static edges, no search."""
 _EDGES_PER_BLOCK = 8192  # some megabytes of messages; larger ones leave the cache
 _FEW = 30  # distances of one kind that make no statistics
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Pairs of beads that see each other, in one of two layouts.
+
+    Either all frames have the same edges and are kept side by side, or every frame has its own and
+    the B frames are one graph of B n sites, its disjoint parts.
+
+    Parameters
+    ----------
+    index
+        (source, target) of every edge, by target, shape (2, E).
+    bonded
+        Bond-distance class of every edge, shape (E,).
+    shifts
+        Å, shape (E, 3), of the cell that the source's image is in; None without a box.
+    united
+        Whether the frames are one graph.
+    sites_per_block
+        How many sites to encode at a time, so that their messages stay in the processor's cache;
+        None for all.
+    """
+
+    index: Tensor
+    bonded: Tensor
+    shifts: Tensor | None = None
+    united: bool = False
+    sites_per_block: int | None = None
+
+    def layout(self, beads: Tensor) -> Tensor:
+        """Arrange frames (B, n, 3) as (3, sites, batch): (3, n, B), or (3, B n, 1) if united."""
+        return (beads.reshape(1, -1, 3) if self.united else beads).permute(2, 1, 0)
+
+    def by_frame(self, values: Tensor, batch: int) -> Tensor:
+        """Turn values of the sites (..., sites, batch) into those of B frames (..., B, n)."""
+        return values.mT.reshape(*values.shape[:-2], batch, -1)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """Return the vectors (3, E, batch) from target to source of positions in `layout`."""
+        source, target = self.index
+        vectors = x.index_select(1, source) - x.index_select(1, target)
+        return vectors if self.shifts is None else vectors + self.shifts.T.unsqueeze(-1)
 
 
 class BeadGraph(nn.Module):
@@ -37,9 +82,9 @@ class BeadGraph(nn.Module):
         super().__init__()
         self.cutoff_A, self._classes = float(cutoff_A), BondClasses(topology)
         self.register_buffer("types", types, persistent=False)
-        edges = all_pairs(len(topology) if len(topology) <= ALL_PAIRS_AT_MOST else 0)
-        bonded = torch.from_numpy(self._classes(*edges.numpy()))
-        self.register_buffer("edges", edges, persistent=False)
+        index = all_pairs(len(topology) if len(topology) <= ALL_PAIRS_AT_MOST else 0)
+        bonded = torch.from_numpy(self._classes(*index.numpy()))
+        self.register_buffer("index", index, persistent=False)
         self.register_buffer("bonded", bonded, persistent=False)
 
     def features(self, encoder: Encoder, positions: Tensor, box: Tensor | None = None) -> Tensor:
@@ -64,23 +109,57 @@ class BeadGraph(nn.Module):
         ValueError
             If the encoder has another cut-off, shapes don't fit, or a box has no volume.
         """
-        self._check(encoder, positions, box)
-        if box is None and len(self.types) <= ALL_PAIRS_AT_MOST:
-            return encoder.features(positions, self.types, self.edges, self.bonded)
-        batch, n, _ = positions.shape
-        edges, images, _, bonded = self._radius_graph(positions, box)
-        shifts = None
-        if box is not None:
-            frame = torch.from_numpy(edges[1] // n).to(box.device)
-            images = torch.from_numpy(images).to(box)
-            shifts = torch.einsum("ei,eij->ej", images, box[frame]).to(positions.dtype)
-        edges, bonded = (torch.from_numpy(a).to(positions.device) for a in (edges, bonded))
-        union = positions.reshape(1, batch * n, 3)
-        sites = max(1, batch * n * _EDGES_PER_BLOCK // max(1, edges.shape[1]))
+        if encoder.cutoff_A != self.cutoff_A:
+            raise ValueError(
+                f"the encoder's cut-off is {encoder.cutoff_A} Å, the graph's {self.cutoff_A} Å: "
+                "build the graph with encoder.cutoff_A"
+            )
+        batch, n, _ = self._check(positions, box)
+        edges = self.edges(positions, box)
+        if not edges.united:
+            return encoder.features(positions, self.types, edges.index, edges.bonded)
         features = encoder.features(
-            union, self.types.repeat(batch), edges, bonded, shifts, sites_per_block=sites
+            positions.reshape(1, batch * n, 3),
+            self.types.repeat(batch),
+            edges.index,
+            edges.bonded,
+            edges.shifts,
+            sites_per_block=edges.sites_per_block,
         )
         return features.view(*features.shape[:2], batch, n).transpose(2, 3).contiguous()
+
+    def edges(self, positions: Tensor, box: Tensor | None = None) -> Edges:
+        """Find the edges of a batch of frames; parameters and errors as of `features`."""
+        if self.is_static(box):
+            return Edges(self.index, self.bonded)
+        index, bonded, images = self.search(positions, box)
+        sites = max(1, positions[..., 0].numel() * _EDGES_PER_BLOCK // max(1, index.shape[1]))
+        return self.united(index, bonded, images, box, sites)
+
+    def is_static(self, box: Tensor | None) -> bool:
+        """Whether all frames have the same edges: all pairs."""
+        return box is None and len(self.types) <= ALL_PAIRS_AT_MOST
+
+    def search(self, positions: Tensor, box: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return edges (2, E), bond classes (E,) and images (E, 3) of the frames as one graph."""
+        self._check(positions, box)
+        index, images, _, bonded = self._radius_graph(positions, box)
+        return tuple(torch.from_numpy(a).to(positions.device) for a in (index, bonded, images))
+
+    def united(
+        self,
+        index: Tensor,
+        bonded: Tensor,
+        images: Tensor,
+        box: Tensor | None,
+        sites_per_block: int | None = None,
+    ) -> Edges:
+        """Make edges of what `search` found; differentiable in the box."""
+        shifts = None
+        if box is not None:
+            cells = box[index[1] // len(self.types)]
+            shifts = (images.to(box)[:, None] @ cells)[:, 0]
+        return Edges(index, bonded, shifts, True, sites_per_block)
 
     def set_distance_statistics(
         self, encoder: Encoder, positions: Tensor, box: Tensor | None = None
@@ -95,7 +174,7 @@ class BeadGraph(nn.Module):
         encoder, positions, box
             As in `features`.
         """
-        self._check(encoder, positions, box)
+        self._check(positions, box)
         n_types, shape = encoder.n_types, (MAX_BOND_CLASS + 1, encoder.n_types, encoder.n_types)
         moments = np.zeros((3, np.prod(shape)))  # number, sum, sum of squares of each kind
         for b, frame in enumerate(positions):
@@ -117,17 +196,13 @@ class BeadGraph(nn.Module):
         every = torch.arange(n_types, device=kinds.device)
         encoder.set_distance_statistics(mean, std, every, kinds[1:], kinds[0])
 
-    def _check(self, encoder: Encoder, positions: Tensor, box: Tensor | None) -> None:
+    def _check(self, positions: Tensor, box: Tensor | None) -> torch.Size:
         n = len(self.types)
-        if encoder.cutoff_A != self.cutoff_A:
-            raise ValueError(
-                f"the encoder's cut-off is {encoder.cutoff_A} Å, the graph's {self.cutoff_A} Å: "
-                "build the graph with encoder.cutoff_A"
-            )
         if positions.ndim != 3 or positions.shape[1:] != (n, 3):
             raise ValueError(f"positions must be (B, {n}, 3), got {tuple(positions.shape)}")
         if box is not None and box.shape != (len(positions), 3, 3):
             raise ValueError(f"box must be ({len(positions)}, 3, 3), got {tuple(box.shape)}")
+        return positions.shape
 
     def _radius_graph(self, positions: Tensor, box: Tensor | None) -> tuple[np.ndarray, ...]:
         """Return edges, images, lengths and bond classes of the disjoint union of frames."""

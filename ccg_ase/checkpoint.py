@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ccg_ase.mapping import CGMap
 from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
+from ccg_ase.upgrades import upgrade
 
-FORMAT, VERSION = "ccg", 2
+FORMAT, VERSION = "ccg", 3
 _MAPS = {"beads": CGMap, "torsions": TorsionMap}
 _HEADER = "ccg"  # the one metadata key that holds the JSON text
 Part = TypeVar("Part", bound=nn.Module)
@@ -179,7 +180,9 @@ def load_model(path: str | os.PathLike[str]) -> ModelFile:
         raise ModelFileError(
             f"{path} has format version {version}; this ccg reads up to {VERSION}: upgrade ccg"
         )
-    header = _upgrade(header)
+    if version < 1:
+        raise ModelFileError(f"{path} has format version {version}; the first is 1")
+    header, tensors = upgrade(header, tensors)
     retired = header.get("retired", {})
     states: dict[str, dict[str, Tensor]] = {name: {} for name in header["configs"]}
     for key, tensor in tensors.items():
@@ -211,23 +214,3 @@ def map_from_dict(values: dict[str, Any]) -> CGMap | TorsionMap:
     """Build the map that `map_to_dict` described."""
     values = dict(values)
     return _MAPS[values.pop("kind")].from_dict(values)
-
-
-def _upgrade(header: dict[str, Any]) -> dict[str, Any]:
-    """Bring the header of an older version up to the current one; version 1 is the first.
-
-    Version 1 knew maps to beads only, and its backmappers were another network.
-    """
-    if header["version"] < 1:
-        raise ModelFileError(f"there is no format version {header['version']}; the first is 1")
-    if header["version"] == 1:
-        configs = dict(header["configs"])
-        retired = {}
-        if configs.pop("backmapper", None) is not None:
-            retired["backmapper"] = (
-                "was trained by a version of ccg before model format 2, whose network no longer "
-                "exists: retrain it (ccg train); the file's other parts still work"
-            )
-        cg_map = {"kind": "beads", **header["cg_map"]}
-        header = {**header, "configs": configs, "cg_map": cg_map, "retired": retired}
-    return header

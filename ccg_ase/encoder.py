@@ -91,12 +91,14 @@ class Encoder(nn.Module):
         bonded: Tensor,
         shifts: Tensor | None = None,
         sites_per_block: int | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Encode as `forward` does, but return (components, channels, n, B), scalars first.
 
         `shifts` in Å, shape (E, 3), are added to the vectors from target to source: the cells that
         periodic images are in. With `sites_per_block`, messages to so many sites are worked on at a
         time, which keeps large graphs in the processor's cache; then edges must come by target.
+        `start`, shape (channels, n, B), is added to what every site starts from.
         """
         n, n_edges = positions.shape[1], edges.shape[1]
         x = positions.permute(2, 1, 0)
@@ -121,6 +123,7 @@ class Encoder(nn.Module):
             sites = (firsts[k + 1] if k + 1 < len(firsts) else n) - first
             blocks.append((source, target - first, sites, harmonics, radials))
         features = self.embedding[types].T[None, :, :, None].expand(-1, -1, -1, len(positions))
+        features = features if start is None else features + start
         for k, layer in enumerate(self.layers):
             sums = [
                 layer.messages(features, harmonics, radials[k], source, target, sites)
@@ -260,11 +263,10 @@ class _Layer(nn.Module):
     ) -> Tensor:
         """Sum the messages to n targets."""
         _, channels, _, batch = x.shape
-        weights = weights.view(len(self.paths), channels, len(source), batch)
-        messages = self.message.paths_of(x.index_select(2, source), harmonics)
-        messages = messages * weights.index_select(0, self.message.row_path)
+        weights = weights.view(len(self.paths), channels, source.shape[0], batch)
+        messages = self.message.weighted(x.index_select(2, source), harmonics, weights)
         summed = messages.new_zeros(len(messages), channels, n, batch)
-        return self.message.gather(summed.index_add(2, target, messages))
+        return summed.index_add(2, target, messages)
 
     def forward(self, x: Tensor, summed: Tensor) -> Tensor:
         _, channels, n, batch = x.shape

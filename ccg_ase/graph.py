@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from ase.geometry import cellpar_to_cell
 from scipy.spatial import cKDTree
+from vesin import NeighborList
 
 from ccg_ase.topology import Topology
 
 MAX_BOND_CLASS = 4
 """Bond distances 1 to 4 are classes of their own; class 0 is everything farther."""
 
-
+Vectors = TypeVar("Vectors", np.ndarray, torch.Tensor)
 _FEW_PAIRS = 200_000  # of a frame: tried one by one rather than searched in a tree
 _MARGIN_A = 0.01  # by which single precision may misjudge a distance
 
@@ -54,6 +57,18 @@ def bond_classes(topology: Topology, edges: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(BondClasses(topology)(edges[0].numpy(), edges[1].numpy()))
 
 
+def minimum_image(vectors: Vectors, box: Vectors) -> Vectors:
+    """Move vectors (..., 3) by cells (..., 3, 3) to within half a cell along every cell vector.
+
+    That is the nearest image of vectors much shorter than the box, as those along bonds are.
+    """
+    library = torch if isinstance(vectors, torch.Tensor) else np
+    fractional = (vectors[..., None, :] @ library.linalg.inv(box))[..., 0, :]
+    if library is torch:
+        fractional = fractional.detach()
+    return vectors - (library.round(fractional)[..., None, :] @ box)[..., 0, :]
+
+
 def cell_of(box: np.ndarray) -> np.ndarray:
     """Return the cell with the box vectors in its rows, shape (3, 3), in Å.
 
@@ -72,7 +87,7 @@ def cell_of(box: np.ndarray) -> np.ndarray:
     if box.shape not in ((3, 3), (6,)):
         raise ValueError(f"a box must have shape (3, 3) or (6,), got {box.shape}")
     cell = cellpar_to_cell(box) if box.shape == (6,) and np.all(box > 0) else box
-    if cell.shape != (3, 3) or not abs(np.linalg.det(cell)) > 0:
+    if cell.shape != (3, 3) or not np.isfinite(cell).all() or not abs(np.linalg.det(cell)) > 0:
         raise ValueError(
             f"the box {box.tolist()} has no volume: pass one that is periodic along all three "
             "vectors, or None for a system in open space"
@@ -85,8 +100,8 @@ def radius_edges(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find all ordered pairs of sites, and of sites and images, within a distance.
 
-    A k-d tree over the sites and the images near the cell: time and memory grow with the number of
-    edges. In boxes smaller than the cut-off, a site sees several images of another, and of itself.
+    By vesin's cell lists: time and memory grow with the number of edges. In boxes smaller than the
+    cut-off, a site sees several images of another, and of itself.
 
     Parameters
     ----------
@@ -117,18 +132,10 @@ def radius_edges(
         raise ValueError(
             f"site {np.argwhere(~np.isfinite(positions))[0, 0]} isn't at finite x, y, z"
         )
-    site, image, wrapped = np.arange(len(positions)), np.zeros_like(positions, dtype=int), positions
-    if box is not None:
-        cell = cell_of(box)
-        site, image, wrapped = _with_images(positions, cutoff_A, cell)
-    tree = cKDTree(wrapped)
-    real = tree if box is None else cKDTree(wrapped[: len(positions)])
-    found = real.sparse_distance_matrix(tree, cutoff_A, output_type="ndarray")
-    found = found[found["i"] != found["j"]]
-    found = found[np.argsort(found["i"] * len(site) + found["j"])]
-    target, source = found["i"].astype(int), site[found["j"]]
-    # Entries 0 to n of `image` take each site into the cell: undone for source and target.
-    return np.stack([source, target]), image[found["j"]] - image[target], found["v"]
+    cell = np.zeros((3, 3)) if box is None else cell_of(box)
+    search = NeighborList(cutoff=cutoff_A, full_list=True, sorted=True, n_threads=1)
+    target, source, image, length = search.compute(positions, cell, box is not None, "ijSd")
+    return np.stack([source, target]).astype(int), image.astype(int), length
 
 
 def _with_images(

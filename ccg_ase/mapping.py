@@ -303,6 +303,17 @@ class CGMap:
         atoms.new_array("residuenumbers", self.beads.resids)
         return atoms
 
+    def repeated(self, count: int) -> CGMap:
+        """Return the map of so many copies of the whole system, one after another."""
+        copy = np.repeat(np.arange(count), len(self.weights))
+        return CGMap(
+            self.atoms.repeated(count),
+            self.beads.repeated(count),
+            np.tile(self.bead_index, count) + copy * self.n_beads,
+            np.tile(self.atom_index, count) + copy * self.n_atoms,
+            np.tile(self.weights, count),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dictionary that `from_dict` reads back exactly."""
         return {

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components, shortest_path
 
+_WORDS = ("names", "types", "elements", "resnames", "segids")
 UNREACHABLE = 1_000_000
 """Bond distance given to two sites that no path of bonds connects."""
 
@@ -247,6 +248,19 @@ class Topology:
             if i not in (k, m) and m != j
         ]
         return np.array(found, dtype=int).reshape(-1, 4)
+
+    def repeated(self, count: int) -> Topology:
+        """Return so many copies, one after another, with residue numbers that go on."""
+        copy = np.repeat(np.arange(count), len(self))
+        words = {key: getattr(self, key) * count for key in _WORDS}
+        of_bond = np.repeat(np.arange(count), len(self.bonds))[:, None]
+        return Topology(
+            **words,
+            masses=np.tile(self.masses, count),
+            resids=np.tile(self.resids, count) + copy * (np.ptp(self.resids) + 1),
+            bonds=np.tile(self.bonds, (count, 1)) + of_bond * len(self),
+            charges=None if self.charges is None else np.tile(self.charges, count),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dictionary that `from_dict` reads back exactly."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccg_ase import CGMap, ForceField, Prior, Topology
+from ccg_ase import CGMap, ForceField, Prior, Topology, evaluator, fit_prior
 
 # Name, residue, residue number, element, position in Å.
 _ALA2 = (
@@ -47,6 +47,14 @@ TEMPERATURE_K = 300.0
 def _one_torch_thread():
     """Small graphs next to a busy process: a second thread makes torch a hundred times slower."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _uncompiled():
+    """Building compiled code takes a minute; test_compiled.py does it for kernels of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "compile_ahead", lambda kernel, *_, **__: kernel)
+        yield
 
 
 @pytest.fixture
@@ -102,16 +110,14 @@ def ala2_beads(ala2_map, ala2_positions) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def ala2_prior(ala2_map, ala2_beads) -> Prior:
-    return Prior.fit(ala2_beads, ala2_map.beads, TEMPERATURE_K)
+    return fit_prior(ala2_beads, ala2_map.beads, TEMPERATURE_K)
 
 
 @pytest.fixture
-def force_field(ala2_map, ala2_prior, ala2_beads) -> ForceField:
+def force_field(ala2_map, ala2_beads) -> ForceField:
     """A float64 force field with a random readout: a network that does something."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = ForceField(
-            ala2_map, TEMPERATURE_K, ala2_prior, channels=8, reference_beads=ala2_beads[0]
-        ).double()
-        torch.nn.init.normal_(model.out.weight, std=0.5)
+        model = ForceField.from_data(ala2_map, TEMPERATURE_K, ala2_beads, channels=8).double()
+        torch.nn.init.normal_(model.members[0].out.weight, std=0.5)
     return model

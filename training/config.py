@@ -199,14 +199,22 @@ class Flow(Section):
 
 
 class ForceField(Section):
-    """The bead force field: prior plus equivariant network."""
+    """The bead force field: prior plus equivariant networks."""
 
+    prior: list[Literal["bonds", "angles", "dihedrals", "volumes"]] = Field(
+        ["bonds", "angles", "volumes"], description="terms that the networks correct"
+    )
+    dihedral_order: PositiveInt = Field(3, description="highest multiplicity of prior dihedrals")
+    members: PositiveInt = Field(1, description="networks of the committee; their mean is used")
     channels: PositiveInt = Field(8, description="features per irrep")
     l_max: NonNegativeInt = Field(1, description="largest angular momentum of the features")
     n_layers: PositiveInt = Field(2, description="message-passing layers")
     cutoff_A: PositiveFloat = Field(12.0, description="beads further apart do not interact")
     steps: PositiveInt = Field(800, description="optimiser steps of the first fit")
     refit_steps: PositiveInt = Field(400, description="steps in every turn of the loop")
+    relative_entropy_rounds: NonNegativeInt = Field(
+        0, description="final fit to the ensemble of the frames: rounds of bead dynamics"
+    )
     batch_size: PositiveInt = Field(256, description="bead states per step")
     learning_rate: PositiveFloat = Field(2e-3, description="peak of the schedule")
 
@@ -223,6 +231,9 @@ class Dynamics(Section):
     n_steps: PositiveInt = Field(8000, description="steps per replica in every turn of the loop")
     n_final_steps: PositiveInt = Field(16000, description="steps of the ensemble of the report")
     save_every: PositiveInt = Field(50, description="steps between stored bead states")
+    compiled: bool = Field(
+        True, description="evaluate beads by code compiled for this machine, once per map"
+    )
 
     @model_validator(mode="after")
     def _whole_saves(self) -> Dynamics:

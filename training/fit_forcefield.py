@@ -26,7 +26,7 @@ from ccg_ase.units import thermal_energy
 
 from .labels import Labels
 
-_EVALUATION_BATCH = 1024
+_EVALUATION_BEADS = 8192
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,10 @@ def fit_force_field(
     *,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> dict[str, float]:
-    """Fit the network on top of the prior, in float32, and load the best weights.
+    """Fit the networks on top of the prior, in float32, and load the best weights.
+
+    Members of a committee are fitted one after another, each from its own start and in its own
+    order of batches.
 
     Parameters
     ----------
@@ -96,7 +99,8 @@ def fit_force_field(
         `loss`, and the `loss_noise` that no model can go below; `force_rmse` against the labels,
         `force_noise` of the labels, and `force_error`, the root of the difference of their
         squares, which can't tell errors below about `force_resolution` from none (eV/Å, per
-        component); `free_energy_rmse_kT`, `free_energy_noise_kT` (NaN without such labels);
+        component; where the noise of labels is unknown it is NaN, and the error contains it);
+        `free_energy_rmse_kT`, `free_energy_noise_kT` (NaN without such labels);
         `prior_explains` and `model_explains`, the shares of the mean force's mean square, noise
         taken off. Also `steps`, `best_step`, and `shift_eV`, to be added to the model's energy to
         give the labels' F (from the training labels; NaN without free energies).
@@ -116,15 +120,45 @@ def fit_force_field(
                 f"{len(part)} of {part.beads.shape[1]}"
             )
     kT = thermal_energy(force_field.temperature_K)
-    model = copy.deepcopy(force_field).float()
-    averaged = copy.deepcopy(model).requires_grad_(False)
-    train, test = (_Data(part, settings, kT) for part in (labels, held_out))
+    fitted = copy.deepcopy(force_field).float().requires_grad_(False)
+    train, test = (_Data(part, settings, fitted) for part in (labels, held_out))
+    members, total, fits = list(fitted.members), settings.steps * force_field.n_members, []
+    for k, member in enumerate(members):
+        # Alone: members that correct one another's errors would say nothing about them.
+        fitted.members = nn.ModuleList([member])
+
+        def show(step: int, metrics: dict[str, float], first: int = k * settings.steps) -> None:
+            if progress is not None:
+                progress(first + step, total, metrics)
+
+        fits.append(_fit_member(fitted, train, test, settings, k, kT, show))
+    fitted.members = nn.ModuleList(members)
+    with torch.no_grad():
+        for target, source in zip(force_field.parameters(), fitted.parameters(), strict=True):
+            target.copy_(source)
+    result = fits[0] if len(fits) == 1 else _evaluate(fitted, test, kT)
+    steps = {key: sum(fit[key] for fit in fits) for key in ("steps", "best_step")}
+    return result | steps | {"shift_eV": _evaluate(fitted, train, kT)["shift_eV"]}
+
+
+def _fit_member(
+    averaged: ForceField,
+    train: _Data,
+    test: _Data,
+    settings: FitSettings,
+    k: int,
+    kT: float,
+    show: Callable[[int, dict[str, float]], None],
+) -> dict[str, float]:
+    """Fit a force field of one member, to end with the best averaged weights; its metrics."""
+    model = copy.deepcopy(averaged).requires_grad_(True)
     trained, average = list(model.parameters()), list(averaged.parameters())
     optimizer = torch.optim.AdamW(
         trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: _rate(k, settings.steps))
-    batches = _batches(len(labels), settings.batch_size, settings.seed)
+    seed = settings.seed if k == 0 else [settings.seed, k]
+    batches = _batches(len(train.beads), settings.batch_size, seed)
 
     best = _evaluate(averaged, test, kT) | {"best_step": 0}
     best_weights = [p.clone() for p in average]
@@ -154,13 +188,10 @@ def fit_force_field(
             if metrics["loss"] < best["loss"]:
                 best, waited = metrics, 0
                 best_weights = [p.clone() for p in average]
-            if progress is not None:
-                progress(step, settings.steps, metrics | {"train_loss": loss.item()})
-    with torch.no_grad():
-        for module in (averaged, force_field):
-            for target, source in zip(module.parameters(), best_weights, strict=True):
-                target.copy_(source)
-    return best | {"shift_eV": _evaluate(averaged, train, kT)["shift_eV"], "steps": step}
+            show(step, metrics | {"train_loss": loss.item()})
+    for target, source in zip(average, best_weights, strict=True):
+        target.copy_(source)
+    return best | {"steps": step}
 
 
 def _rate(step: int, steps: int) -> float:
@@ -171,7 +202,7 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
+def _batches(n: int, size: int, seed: int | list[int]) -> Iterator[Tensor]:
     """Yield batches of indices for ever; every epoch is shuffled and drops a short rest."""
     rng = np.random.default_rng(seed)
     size = min(size, n)
@@ -182,45 +213,66 @@ def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
 class _Data:
     """Labels as float32 tensors with weights 1/(σ² + floor²), zero where F is unknown."""
 
-    def __init__(self, labels: Labels, settings: FitSettings, kT: float) -> None:
+    def __init__(self, labels: Labels, settings: FitSettings, force_field: ForceField) -> None:
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
         known = np.isfinite(labels.free_energy)
-        floor = (settings.free_energy_floor_kT * kT) ** 2
+        floor = (settings.free_energy_floor_kT * thermal_energy(force_field.temperature_K)) ** 2
         weight = np.where(known, 1 / (np.nan_to_num(labels.free_energy_variance) + floor), 0.0)
         free_energy = np.nan_to_num(labels.free_energy)
         self.free_energy_zero = float((weight * free_energy).sum() / max(weight.sum(), 1e-300))
         self.share = settings.free_energy_share
         self.beads = tensor(labels.beads - labels.beads.mean(1, keepdims=True))
+        self.boxes = None if np.isnan(labels.boxes).any() else tensor(labels.boxes)
+        temperature_K = np.nan_to_num(labels.temperature_K, nan=force_field.temperature_K)
+        force_field.temperatures_K.check(temperature_K)
+        self.temperature_K = torch.from_numpy(temperature_K)
+        # F is known up to a constant at every temperature.
+        self.group = torch.from_numpy(np.unique(temperature_K, return_inverse=True)[1])
         self.force, self.force_variance = tensor(labels.force), tensor(labels.force_variance)
-        self.force_weight = 1 / (self.force_variance + settings.force_floor**2)
+        # Where the noise is unknown it is nearly everything: then all the mean square counts as it.
+        mean_square = float((self.force**2).mean())
+        variance = self.force_variance.nan_to_num(nan=mean_square)
+        self.force_weight = 1 / (variance + settings.force_floor**2)
         self.free_energy = tensor(np.where(known, free_energy - self.free_energy_zero, 0.0))
         self.free_energy_variance = tensor(np.nan_to_num(labels.free_energy_variance))
         self.free_energy_weight = tensor(weight)
+
+    def inputs(self, index: Tensor) -> dict[str, Tensor | None]:
+        """Keyword arguments of a force field at some of the labels, beads apart."""
+        box = None if self.boxes is None else self.boxes[index]
+        return {"box": box, "temperature_K": self.temperature_K[index]}
+
+    def excess(self, index: Tensor, energy: Tensor) -> Tensor:
+        """Return energies minus labels, the constants of F taken off."""
+        weight, group = self.free_energy_weight[index], self.group[index]
+        excess = energy - self.free_energy[index]
+        sums = excess.new_zeros(2, int(self.group.max()) + 1)
+        sums = sums.index_add(1, group, torch.stack([weight * excess, weight]))
+        return excess - (sums[0] / sums[1].clamp(min=1e-30))[group]
 
 
 def _chi2(data: _Data, index: Tensor, energy: Tensor, force: Tensor) -> Tensor:
     """Loss of predictions for some of the labels."""
     chi2 = data.force_weight[index] * ((force - data.force[index]) ** 2).sum((-1, -2))
-    weight = data.free_energy_weight[index]
-    excess = energy - data.free_energy[index]
-    shift = (weight * excess).sum() / weight.sum().clamp(min=1e-30)
-    chi2 = chi2 + data.share * weight * (excess - shift) ** 2
+    chi2 = chi2 + data.share * data.free_energy_weight[index] * data.excess(index, energy) ** 2
     return chi2.mean() / force[0].numel()
 
 
 def _loss(model: ForceField, data: _Data, index: Tensor) -> Tensor:
-    return _chi2(data, index, *model.energy_and_forces(data.beads[index], create_graph=True))
+    predicted = model.energy_and_forces(data.beads[index], **data.inputs(index), create_graph=True)
+    return _chi2(data, index, *predicted)
 
 
-def _predict(model: nn.Module, data: _Data) -> tuple[Tensor, Tensor]:
-    """Energies and forces of a force field, or of a bare prior, at all labelled states."""
+def _predict(energy_of: Callable[[Tensor, Tensor], Tensor], data: _Data) -> tuple[Tensor, Tensor]:
+    """Energies and forces at all labelled states, of a function of beads and label indices."""
     energies, forces = [], []
-    for beads in data.beads.split(_EVALUATION_BATCH):
-        beads = beads.clone().requires_grad_()
+    n_labels, n_beads, _ = data.beads.shape
+    for index in torch.arange(n_labels).split(max(1, _EVALUATION_BEADS // n_beads)):
+        beads = data.beads[index].requires_grad_()
         with torch.enable_grad():
-            energy = model(beads)
+            energy = energy_of(beads, index)
             (gradient,) = torch.autograd.grad(energy.sum(), beads)
         energies.append(energy.detach())
         forces.append(-gradient)
@@ -229,27 +281,30 @@ def _predict(model: nn.Module, data: _Data) -> tuple[Tensor, Tensor]:
 
 def _evaluate(model: ForceField, data: _Data, kT: float) -> dict[str, float]:
     """Return the metrics of `fit_force_field` for one set of labels."""
-    energy, force = _predict(model, data)
+    energy, force = _predict(lambda beads, index: model(beads, **data.inputs(index)), data)
+    _, of_prior = _predict(
+        lambda beads, index: model.prior(beads, box=data.inputs(index)["box"]), data
+    )
     n_components = force[0].numel()
     w, v = data.force_weight / data.force_weight.sum(), data.force_weight * data.force_variance
     noise = (w * data.force_variance).sum()
 
     def excess(prediction: Tensor | float) -> Tensor:
-        """Weighted mean square of label minus prediction, label noise taken off."""
-        return (w * ((data.force - prediction) ** 2).mean((-1, -2))).sum() - noise
+        """Weighted mean square of label minus prediction, label noise taken off if known."""
+        return (w * ((data.force - prediction) ** 2).mean((-1, -2))).sum() - noise.nan_to_num()
 
     mean_square, error = excess(0.0), excess(force)
-    prior_error = excess(_predict(model.prior, data)[1])
+    prior_error = excess(of_prior)
     u = data.free_energy_weight
-    difference = data.free_energy - energy
-    shift = (u * difference).sum() / u.sum()
-    energy_square = (u * (difference - shift) ** 2).sum() / u.sum()
+    everything = torch.arange(len(force))
+    shift = (u * (data.free_energy - energy)).sum() / u.sum()
+    energy_square = (u * data.excess(everything, energy) ** 2).sum() / u.sum()
     energy_noise = (u * data.free_energy_variance).sum() / u.sum()
     loss_noise = v.mean() + data.share * (u * data.free_energy_variance).mean() / n_components
     values = {
-        "loss": _chi2(data, torch.arange(len(force)), energy, force),
+        "loss": _chi2(data, everything, energy, force),
         "loss_noise": loss_noise,
-        "force_rmse": (error + noise).sqrt(),
+        "force_rmse": (error + noise.nan_to_num()).sqrt(),
         "force_noise": noise.sqrt(),
         "force_error": error.clamp(min=0).sqrt(),
         "force_resolution": noise.sqrt() * (2 / force.numel()) ** 0.25,

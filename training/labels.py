@@ -24,9 +24,14 @@ class Labels:
     force
         Estimates of -∂F/∂s, of the same shape, eV/Å or eV/rad.
     force_variance
-        Variance of one component of `force`, (L,), (eV/Å)² or (eV/rad)².
+        Variance of one component of `force`, (L,), (eV/Å)² or (eV/rad)². NaN: unknown, as it is of
+        forces that were merely mapped (`from_forces`).
     free_energy, free_energy_variance
         Estimates of F(s) on one common scale, (L,) eV, and variances, eV². NaN (both): unknown.
+    temperature_K
+        Of every label, (L,), K. NaN: that of the model, as if it had no other.
+    boxes
+        Cell vectors in rows, (L, 3, 3), Å. NaN: open space.
 
     Raises
     ------
@@ -39,23 +44,35 @@ class Labels:
     force_variance: np.ndarray
     free_energy: np.ndarray | None = None
     free_energy_variance: np.ndarray | None = None
+    temperature_K: np.ndarray | None = None
+    boxes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.beads)
         for field in fields(self):
-            value = getattr(self, field.name)
-            value = np.full(n, np.nan) if value is None else np.asarray(value, dtype=np.float64)
+            value, shape = getattr(self, field.name), (n, 3, 3) if field.name == "boxes" else (n,)
+            value = np.full(shape, np.nan) if value is None else np.asarray(value, dtype=np.float64)
             object.__setattr__(self, field.name, value)
         if self.beads.ndim not in (2, 3) or self.beads.shape != self.force.shape:
             raise ValueError(
                 "beads and force must both be (L, n_beads, 3), or (L, n_torsions); got "
                 f"{self.beads.shape} and {self.force.shape}"
             )
-        per_state = (self.force_variance, self.free_energy, self.free_energy_variance)
+        per_state = (
+            self.force_variance,
+            self.free_energy,
+            self.free_energy_variance,
+            self.temperature_K,
+        )
         if any(value.shape != (n,) for value in per_state):
-            raise ValueError(f"variances and free energies must have shape ({n},)")
-        if not all(np.isfinite(a).all() for a in (self.beads, self.force, self.force_variance)):
-            raise ValueError("beads, force and force_variance must be finite; drop failed labels")
+            raise ValueError(f"variances, free energies and temperatures must have shape ({n},)")
+        boxless = np.isnan(self.boxes)
+        if self.boxes.shape != (n, 3, 3) or (boxless.any() and not boxless.all()):
+            raise ValueError(f"boxes must have shape ({n}, 3, 3), all of them or none")
+        if not all(np.isfinite(a).all() for a in (self.beads, self.force)):
+            raise ValueError("beads and force must be finite; drop failed labels")
+        if np.isinf(self.force_variance).any():
+            raise ValueError("force_variance must be finite, or NaN where it is unknown")
         if np.any(np.isfinite(self.free_energy) != np.isfinite(self.free_energy_variance)):
             raise ValueError("a free energy needs its variance; both are NaN where there is none")
         if np.any(self.force_variance < 0) or np.any(self.free_energy_variance < 0):
@@ -99,6 +116,29 @@ class Labels:
         return cls(
             frames.beads, frames.labels[:, 0], np.broadcast_to(variance, (len(frames.beads),))
         )
+
+    @classmethod
+    def from_forces(
+        cls,
+        beads: np.ndarray,
+        forces: np.ndarray,
+        *,
+        boxes: np.ndarray | None = None,
+        temperature_K: np.ndarray | None = None,
+    ) -> Labels:
+        """Take the mapped force on the beads of every frame: its mean at a state is -∂F/∂s.
+
+        The baseline where there is no flow. The noise of such a label is unknown, and large.
+
+        Parameters
+        ----------
+        beads, forces
+            (L, n_beads, 3), Å and eV/Å; `ForceMap.apply` maps atomistic forces.
+        boxes, temperature_K
+            As for the class.
+        """
+        unknown = np.full(len(beads), np.nan)
+        return cls(beads, forces, unknown, boxes=boxes, temperature_K=temperature_K)
 
     @classmethod
     def concatenate(cls, *parts: Labels) -> Labels:

@@ -9,7 +9,6 @@ import torch
 
 from ccg_ase.checkpoint import load_model
 from ccg_ase.forcefield import ForceField
-from ccg_ase.prior import Prior
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
@@ -28,9 +27,12 @@ from .fit_flow import (
 )
 from .fit_forcefield import FitSettings, fit_force_field
 from .labels import Labels
+from .langevin_sampler import LangevinSampler
 from .progress import Stage
 from .reconstruction import in_own_frame, pull_back_frames
 from .reference import MDANALYSIS_FORCE, ReferenceData
+from .reference_beads import ReferenceBeads
+from .relative_entropy import RelativeEntropySettings, minimise_relative_entropy
 from .samples import Samples
 from .stages import Metrics
 from .workspace import Workspace
@@ -243,15 +245,17 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         beads = workspace.cg_map.apply(train.positions)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(workspace.seed(0, 4))
-            force_field = ForceField(
+            force_field = ForceField.from_data(
                 workspace.cg_map,
                 workspace.temperature_K,
-                Prior.fit(beads, workspace.cg_map.beads, workspace.temperature_K),
+                beads,
+                terms=settings.prior,
+                dihedral_order=settings.dihedral_order,
+                n_members=settings.members,
                 channels=settings.channels,
                 l_max=settings.l_max,
                 n_layers=settings.n_layers,
                 cutoff_A=settings.cutoff_A,
-                reference_beads=beads[0],
             )
     else:
         force_field = ForceField.from_model(workspace.model(k - 1))
@@ -268,15 +272,55 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
             seed=workspace.seed(k, 6),
         ),
         progress=lambda step, steps, values: stage.update(
-            step, steps, f"force error {values['force_error']:.4f} eV/Å"
+            step,
+            steps,
+            f"loss {values['loss']:.4g}, noise in it {values['loss_noise']:.4g}, "
+            f"force error {values['force_error']:.4f} eV/Å",
         ),
     )
+    if k == workspace.config.cycle.iterations and settings.relative_entropy_rounds:
+        result |= _minimise_relative_entropy(workspace, stage, force_field)
     if k:
         parts = {"backmapper": Backmapper.load(folder / "flow.ccg"), "force_field": force_field}
         workspace.save(folder / "model.ccg", parts)
     else:
         workspace.save(folder / "force_field.ccg", {"force_field": force_field})
     return {"labels": len(labels)} | result
+
+
+def _minimise_relative_entropy(
+    workspace: Workspace, stage: Stage, force_field: ForceField
+) -> Metrics:
+    """Bring the bead ensemble to that of the frames, where held-out ones agree that it gains."""
+    settings, dynamics = workspace.config.force_field, workspace.config.dynamics
+    reference, held_out = (
+        ReferenceBeads(workspace.cg_map.apply(data.positions)) for data in workspace.data
+    )
+    sample = LangevinSampler(
+        n_steps=dynamics.n_steps,
+        every=dynamics.save_every,
+        equilibration=dynamics.n_steps // 4,
+        timestep_fs=dynamics.timestep_fs,
+        friction_per_ps=dynamics.friction_per_ps,
+        compiled=dynamics.compiled,
+    )
+    found = minimise_relative_entropy(
+        force_field,
+        reference,
+        held_out,
+        sample,
+        RelativeEntropySettings(
+            rounds=settings.relative_entropy_rounds,
+            n_replicas=dynamics.replicas,
+            seed=workspace.seed(workspace.config.cycle.iterations, 7),
+        ),
+        progress=lambda done, rounds, values: stage.update(
+            done,
+            rounds,
+            f"relative entropy fell by {values['gain_nats']:.3f} ± {values['gain_error']:.3f} nats",
+        ),
+    )
+    return {f"relative_entropy_{name}": value for name, value in found.items()}
 
 
 def _as_frames(samples: Samples, force_field: ForceField) -> tuple[FlowFrames, np.ndarray]:

@@ -142,6 +142,40 @@ def flow_facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return facts
 
 
+def force_field_facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return what the records say of the fits of the force field."""
+    facts = []
+    for record in records:
+        if record.get("stage") != "force field" or "loss_noise" not in record:
+            continue
+        turn = f"turn {record['iteration']}" if record["iteration"] else "first fit"
+        facts.append((turn, fit_summary(record)))
+        if (gain := record.get("relative_entropy_gain_nats")) is not None:
+            error, rounds = (
+                record[f"relative_entropy_{name}"] for name in ("gain_error", "rounds")
+            )
+            text = f"Fell by {gain:.3f} ± {error:.3f} nats per frame in {rounds} rounds."
+            facts.append(("relative entropy", text))
+    return facts
+
+
+def fit_summary(fit: dict[str, float]) -> str:
+    """Say in a sentence how a fit of the force field stands, its irreducible part beside the loss.
+
+    Parameters
+    ----------
+    fit
+        Metrics of `fit_force_field`.
+    """
+    return (
+        f"Loss {fit['loss']:.4g} on held-out labels, of which {fit['loss_noise']:.4g} is noise of "
+        f"the labels: no model can go below that. Forces are off by {fit['force_error']:.4f} eV/Å "
+        f"(less than {fit['force_resolution']:.4f} can't be seen). The prior explains "
+        f"{fit['prior_explains']:.1%} of the mean square of the mean force, with the networks it "
+        f"is {fit['model_explains']:.2%}."
+    )
+
+
 def _held(names: list[str]) -> str:
     """Name held coordinates, and say what they mean for weights."""
     if not names:
@@ -241,6 +275,7 @@ def render(
         plates=plates,
         tables=tables,
         flow=flow_facts(records),
+        force_field=force_field_facts(records),
         records=records,
         config=config,
         version=version("ccg"),

@@ -26,7 +26,6 @@ from rare_states import improve
 
 from ccg_ase.checkpoint import save_model
 from ccg_ase.forcefield import ForceField
-from ccg_ase.prior import Prior
 from ccg_ase.torsion_map import TorsionMap
 from ccg_mda.flow import Backmapper
 from ccg_training.evaluation import bead_energies
@@ -158,8 +157,7 @@ def fit_beads(flow: Backmapper, data: ReferenceData, recipe: Recipe, seed: int) 
     labelled = pull_back_frames(flow, some.positions, some.energy, some.forces)
     force = labelled.labels[:, 0]
     variance = np.full(len(some), np.median(np.var(force, axis=0)))
-    prior = Prior.fit(beads, m.beads, kelvin)
-    force_field = ForceField(m, kelvin, prior, channels=8, reference_beads=beads[0])
+    force_field = ForceField.from_data(m, kelvin, beads, channels=8)
     labels = Labels(labelled.beads, force, variance)
     fit_force_field(force_field, *labels.split(seed=seed), FitSettings(steps=500, seed=seed))
     return force_field

@@ -87,6 +87,18 @@ def test_round_trip_and_fingerprint(any_map):
     assert CGMap.from_matrix(any_map.atoms, csr_array(any_map.matrix)) == any_map
 
 
+def test_repeated(any_map, rng):
+    """Each copy of the atoms is mapped as the one system is."""
+    three = any_map.repeated(3)
+    positions = rng.normal(size=(2, 66, 3))
+    expected = any_map.apply(positions.reshape(2, 3, 22, 3)).reshape(2, -1, 3)
+    np.testing.assert_array_equal(three.apply(positions), expected)
+    assert (three.n_atoms, three.n_beads) == (66, 3 * any_map.n_beads)
+    assert three.kind == any_map.kind
+    assert three.beads == any_map.beads.repeated(3)
+    assert any_map.repeated(1) == any_map
+
+
 def test_fingerprint_is_stable(ala2_topology):
     """Files name maps by fingerprint: it must not change between versions."""
     tiny = CGMap.from_slices(Topology(names="AB", masses=[1, 2], bonds=[(0, 1)]), [0, 1])

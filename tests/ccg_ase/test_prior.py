@@ -3,17 +3,28 @@ import json
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from bead_systems import SKEWED, rotation, system
 from torch.autograd import gradcheck, gradgradcheck
 
-from ccg_ase import Prior, Topology, thermal_energy
+from ccg_ase import Prior, Topology, fit_prior, thermal_energy
+from ccg_ase.prior import TERMS
+from ccg_ase.species import species_of
 
 KT = thermal_energy(300)
-CHAIN = Topology(names="ABCD", masses=[1] * 4, bonds=[(0, 1), (1, 2), (2, 3)])
+BOX = torch.from_numpy(SKEWED)
 
 
 def prior_of(n=4, **rows):
-    empty = {key: [] for key in ("bonds", "angles", "dihedrals", "volumes", "pairs")}
-    return Prior({"n_beads": n, "temperature_K": 300.0, **empty, **rows})
+    """Terms of a chain of n beads of the types A, B, C, D; `volumes` by type."""
+    links = [(i, i + 1) for i in range(n - 1)] if rows.get("bonds") else []
+    topology = Topology(names="ABCD"[:n], types="ABCD"[:n], masses=[1] * n, bonds=links)
+    none = {"bonds": [], "angles": [], "dihedrals": []}
+    molecules = [{**species.key, **none} for species in species_of(topology)]
+    volumes = rows.pop("volumes", [])
+    if links:
+        molecules[0] |= rows
+    return Prior({"temperature_K": 300.0, "molecules": molecules, "volumes": volumes}, topology)
 
 
 def chain(*, bend=2.0, twist=0.7, bond=1.5) -> torch.Tensor:
@@ -28,24 +39,24 @@ def chain(*, bend=2.0, twist=0.7, bond=1.5) -> torch.Tensor:
     return torch.tensor(points, dtype=torch.float64)
 
 
+BONDS = [[0, 1, 1.4, 30.0], [1, 2, 1.6, 20.0], [2, 3, 1.5, 10.0]]
+ANGLES = [[0, 1, 2, 0.1, 4.0], [1, 2, 3, -0.2, 6.0]]
+DIHEDRALS = [[0, 1, 2, 3, 0.3, -0.5, 0.7, 0.2, -0.1, 0.4]]
+
+
 def test_energies_by_hand():
     x = chain()
-    bonds = [[0, 1, 1.4, 30.0], [1, 2, 1.6, 20.0], [2, 3, 1.5, 10.0]]
     energy = 15 * 0.1**2 + 10 * 0.1**2
-    assert prior_of(bonds=bonds)(x).item() == pytest.approx(energy, rel=1e-3)
-    angles = [[0, 1, 2, 0.1, 4.0], [1, 2, 3, -0.2, 6.0]]
+    assert prior_of(bonds=BONDS)(x).item() == pytest.approx(energy, rel=1e-3)
     energy += 2 * (np.cos(2.0) - 0.1) ** 2 + 3 * (np.cos(2.0) + 0.2) ** 2
-    assert prior_of(bonds=bonds, angles=angles)(x).item() == pytest.approx(energy, rel=1e-3)
-    dihedrals = [[0, 1, 2, 3, 0.3, -0.5, 0.7, 0.2, -0.1, 0.4]]
+    assert prior_of(bonds=BONDS, angles=ANGLES)(x).item() == pytest.approx(energy, rel=1e-3)
     energy += 0.3 * np.cos(0.7) - 0.5 * np.sin(0.7) + 0.7 * np.cos(1.4) + 0.2 * np.sin(1.4)
     energy += -0.1 * np.cos(2.1) + 0.4 * np.sin(2.1)
-    everything = prior_of(bonds=bonds, angles=angles, dihedrals=dihedrals)
+    everything = prior_of(bonds=BONDS, angles=ANGLES, dihedrals=DIHEDRALS)
     assert everything(x).item() == pytest.approx(energy, rel=2e-3)
 
 
 def test_dihedral_sign_is_that_of_ase():
-    from ase import Atoms
-
     for twist in (0.7, -2.0):
         x = chain(twist=twist)
         prior = prior_of(
@@ -57,117 +68,112 @@ def test_dihedral_sign_is_that_of_ase():
 
 def test_excluded_volume():
     x = torch.tensor([[0.0, 0, 0], [2, 0, 0]], dtype=torch.float64)
-    prior = prior_of(n=2, volumes=[[0, 1, 4.0, 8.0]])
+    prior = prior_of(n=2, volumes=[["A", "B", 4.0, 8.0]])
     assert prior(x).item() == pytest.approx(1.0, rel=1e-4)
     assert prior(2 * x).item() == pytest.approx(0.0, abs=1e-12)
     assert prior(0 * x).item() == pytest.approx(8.0, rel=1e-2)
     forces = -torch.autograd.functional.jacobian(prior, x)
     assert forces[1, 0] > 0  # apart
-
-
-@pytest.mark.parametrize(("mean", "spread"), [(1.5, 0.03), (3.8, 0.15), (3.8, 0.6)])
-def test_a_lone_bond_reproduces_mean_and_variance(mean, spread):
-    """Quadrature of r² exp(-U/kT) against the moments that the prior was fitted on."""
-    rng = np.random.default_rng(0)
-    r = rng.normal(mean, spread, 200_000)
-    beads = np.zeros((len(r), 2, 3))
-    beads[:, 1, 0] = r
-    prior = Prior.fit(beads, Topology(names="AB", masses=[1, 1], bonds=[(0, 1)]), 300)
-    grid = np.linspace(0.3, mean + 12 * spread, 20_000)
-    pair = torch.zeros(len(grid), 2, 3, dtype=torch.float64)
-    pair[:, 1, 0] = torch.from_numpy(grid)
-    density = grid**2 * np.exp(-prior(pair).numpy() / KT)
-    density /= density.sum()
-    found = (density * grid).sum()
-    assert found == pytest.approx(r.mean(), abs=0.02 * spread)
-    assert np.sqrt((density * (grid - found) ** 2).sum()) == pytest.approx(r.std(), rel=0.02)
-
-
-def test_an_angle_reproduces_the_moments_of_its_cosine():
-    rng = np.random.default_rng(0)
-    cosine = rng.normal(-0.4, 0.08, 100_000)
-    beads = np.zeros((len(cosine), 3, 3))
-    beads[:, 0, 0] = 1.5
-    beads[:, 2] = 1.5 * np.stack([cosine, np.sqrt(1 - cosine**2), 0 * cosine], -1)
-    topology = Topology(names="ABC", masses=[1] * 3, bonds=[(0, 1), (1, 2)])
-    _, _, _, centre, k = Prior.fit(beads, topology, 300).config["angles"][0]
-    # p(cos θ) is flat without a potential, hence Gaussian with one.
-    assert centre == pytest.approx(cosine.mean(), abs=1e-3)
-    assert KT / k == pytest.approx(cosine.var(), rel=1e-3)
-
-
-def test_dihedral_series_inverts_its_histogram():
-    rng = np.random.default_rng(0)
-    grid = np.linspace(-np.pi, np.pi, 2001)
-    energy = KT * (1.2 * np.cos(grid) - 0.6 * np.sin(2 * grid) + 0.4 * np.cos(3 * grid))
-    p = np.exp(-energy / KT)
-    twist = rng.choice(grid, size=200_000, p=p / p.sum())
-    beads = chain(twist=0).numpy()[None].repeat(len(twist), 0)
-    radius = beads[:, 3, 1].copy()
-    beads[:, 3, 1], beads[:, 3, 2] = radius * np.cos(twist), radius * np.sin(twist)
-    prior = Prior.fit(beads, CHAIN, 300, dihedral_order=3)
-    found = np.array(prior.config["dihedrals"][0][4:]) / KT
-    np.testing.assert_allclose(found, [1.2, 0, 0, -0.6, 0.4, 0], atol=0.03)
-    # The parts other than the dihedral don't depend on the twist.
-    turned = torch.stack([chain(twist=t) for t in (0.5, 2.5)])
-    difference = np.diff(prior(turned).numpy())[0]
-    assert difference == pytest.approx(
-        np.diff(np.interp([0.5, 2.5], grid, energy))[0], abs=0.1 * KT
+    # In a box of 5 Å, images of the other bead are 2 and 3 Å away, those of the bead itself 5 Å.
+    box = torch.diag(torch.tensor([5.0, 30, 30], dtype=torch.float64))
+    assert prior(x, box=box).item() == pytest.approx(1.0 + 8 * 0.25**3, rel=1e-4)
+    assert prior_of(n=2, volumes=[["A", "A", 6.0, 8.0]])(x, box=box).item() == pytest.approx(
+        8 * (1 / 6) ** 3, rel=1e-3
     )
 
 
-def test_fit_of_alanine_dipeptide(ala2_prior, ala2_beads):
-    config = ala2_prior.config
-    assert [len(config[key]) for key in ("bonds", "angles", "volumes", "pairs")] == [4, 3, 1, 10]
-    ends = np.linalg.norm(ala2_beads[:, 0] - ala2_beads[:, 4], axis=-1)
-    assert (ends < config["volumes"][0][2]).mean() == pytest.approx(0.005, abs=0.003)
-    rows = ala2_prior.table()
-    assert [row["term"] for row in rows] == ["bond"] * 4 + ["angle"] * 3 + ["volume"]
-    # In the data, every quadratic degree of freedom holds about kT/2.
-    energies = ala2_prior(torch.from_numpy(ala2_beads)).numpy()
-    assert energies.mean() == pytest.approx(7 / 2 * KT, rel=0.15)
+@pytest.mark.parametrize("types", ["AB", "AA"])
+def test_volumes_are_of_pairs_more_than_three_bonds_apart(types):
+    """A chain of five in a heap: the ends repel each other, no other pair does."""
+    topology = Topology(
+        names="ABCDE", types=(types[0], *"XYZ", types[1]), masses=[1] * 5,
+        bonds=[(i, i + 1) for i in range(4)],
+    )  # fmt: skip
+    names = sorted({*types, *"XYZ"})
+    (species,) = species_of(topology)
+    config = {
+        "temperature_K": 300.0,
+        "molecules": [{**species.key, "bonds": [], "angles": [], "dihedrals": []}],
+        "volumes": [[a, b, 4.0, 8.0] for a in names for b in names if a <= b],
+    }
+    x = torch.zeros(5, 3, dtype=torch.float64)
+    x[:, 0] = torch.tensor([0.0, 0.5, 1, 1.5, 2])
+    assert Prior(config, topology)(x).item() == pytest.approx(1.0, rel=1e-3)
 
 
-def test_shares_and_round_trip(ala2_beads, ala2_map):
-    prior = Prior.fit(ala2_beads, ala2_map.beads, 300, dihedral_order=2)
-    x = torch.from_numpy(ala2_beads[:5])
-    torch.testing.assert_close(prior.site_energies(x).sum(-1), prior(x), rtol=0, atol=1e-13)
-    copy = Prior.from_config(json.loads(json.dumps(prior.config)))
-    assert torch.equal(copy(x), prior(x))
-    assert prior(x.view(5, 1, 5, 3)).shape == (5, 1)
-    assert len(prior.table()) == 10
+def test_bonds_broken_across_the_box_are_those_of_nearest_images():
+    prior = prior_of(bonds=BONDS, angles=ANGLES, dihedrals=DIHEDRALS)
+    x = chain()
+    cells = torch.tensor([[0.0, 0, 0], [1, -2, 0], [-1, 0, 3], [0, 1, 1]], dtype=torch.float64)
+    assert prior(x, box=BOX).item() == pytest.approx(prior(x).item(), abs=1e-12)
+    assert prior(x + cells @ BOX, box=BOX).item() == pytest.approx(prior(x).item(), abs=1e-11)
 
 
-@pytest.mark.parametrize("order", [0, 3])
-def test_derivatives(ala2_beads, ala2_map, order):
-    prior = Prior.fit(ala2_beads, ala2_map.beads, 300, dihedral_order=order)
-    x = torch.from_numpy(ala2_beads[:2]).requires_grad_()
-    assert gradcheck(lambda x: prior(x), x, atol=1e-4)
-    assert gradgradcheck(lambda x: prior(x), x, atol=1e-3)
+def test_molecules_of_one_species_have_the_same_terms():
+    """Sites may be interleaved: what counts is their order within the molecule."""
+    prior = prior_of(bonds=BONDS, angles=ANGLES, dihedrals=DIHEDRALS)
+    bonds = [(0, 2), (2, 4), (4, 6), (1, 3), (3, 5), (5, 7)]
+    both = Topology(names="ABCDEFGH", types="AABBCCDD", masses=[1] * 8, bonds=bonds)
+    x, y = chain(), chain(bend=1.8, twist=-1.0) + 40.0
+    two = Prior(prior.config, both)
+    assert two(torch.stack([x, y], 1).reshape(8, 3)).item() == pytest.approx(
+        (prior(x) + prior(y)).item(), abs=1e-11
+    )
+    links = [(0, 1), (1, 2), (2, 3)]
+    with pytest.raises(ValueError, match="no molecule of 4 beads with the types A, A, B, B"):
+        Prior(prior.config, Topology(names="AABB", types="AABB", masses=[1] * 4, bonds=links))
 
 
-@pytest.mark.parametrize("start", ["coincident", "line", "far", "random"])
-def test_any_start_is_pulled_back(start, ala2_beads, ala2_map):
-    """Gradient descent from an absurd start ends at energies of a few kT."""
-    prior = Prior.fit(ala2_beads, ala2_map.beads, 300, dihedral_order=2)
+@pytest.mark.parametrize("cell", [None, SKEWED], ids=["open", "box"])
+def test_shares_and_round_trip(cell):
+    force_field, frames = system((4, 3), (1, 5), cell=cell)
+    prior, x = force_field.prior, frames[:5]
+    box = None if cell is None else BOX.expand(5, 3, 3)
+    shares = prior.site_energies(x, force_field.graph.edges(x, box), box)
+    energies = prior(x, box=box)
+    torch.testing.assert_close(shares.sum(-1), energies, rtol=0, atol=1e-12)
+    again = Prior(json.loads(json.dumps(prior.config)), force_field.cg_map.beads)
+    assert torch.equal(again(x, box=box), energies)
+    assert prior(x[:, None], box=None if box is None else box[:, None]).shape == (5, 1)
+
+
+@pytest.mark.parametrize("cell", [None, SKEWED], ids=["open", "box"])
+def test_derivatives(cell):
+    force_field, frames = system((4, 1), (1, 1), cell=cell)
+    x = frames[:2].clone().requires_grad_()
+    # The box is given apart from the positions: both are differentiated.
+    box = () if cell is None else (BOX.expand(2, 3, 3).clone().requires_grad_(),)
+
+    def energy(x, box=None):
+        return force_field.prior(x, box=box)
+
+    assert gradcheck(energy, (x, *box), atol=1e-4)
+    assert gradgradcheck(energy, (x, *box), atol=1e-3)
+
+
+def test_invariance():
+    force_field, frames = system((4, 3), (1, 5), cell=SKEWED)
+    turn, energies = rotation(), force_field.prior(frames[:3], box=BOX)
+    moved = force_field.prior((frames[:3] + 9.0) @ turn, box=BOX @ turn)
+    torch.testing.assert_close(moved, energies, rtol=0, atol=1e-10)
+
+
+def test_any_start_is_pulled_back(ala2_beads, ala2_map):
+    """Gradient descent from absurd starts ends at energies of a few kT."""
+    prior = fit_prior(ala2_beads, ala2_map.beads, 300, terms=TERMS, dihedral_order=2)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(5, 3, dtype=torch.float64, generator=generator)
     line = torch.arange(5.0, dtype=torch.float64)[:, None] * torch.tensor([1.5, 0, 0])
-    x = {
-        "coincident": 1e-3 * noise,
-        "line": line + 1e-6 * noise,
-        "far": 40 * noise,
-        "random": 2 * noise,
-    }[start].requires_grad_()
-    energy = prior(x)
-    for _ in range(1200):
-        (gradient,) = torch.autograd.grad(energy, x)
+    starts = [1e-3 * noise, line + 1e-6 * noise, 40 * noise, 2 * noise]
+    x = torch.stack(starts).requires_grad_()
+    for _ in range(800):
+        (gradient,) = torch.autograd.grad(prior(x).sum(), x)
         assert gradient.isfinite().all()
         step = 0.01 * gradient
-        x = (x - step * (0.2 / step.norm().clamp(min=0.2))).detach().requires_grad_()
-        energy = prior(x)
+        longest = step.flatten(1).norm(dim=1).clamp(min=0.3)[:, None, None]
+        x = (x - step * (0.3 / longest)).detach().requires_grad_()
     best = min(prior(torch.from_numpy(ala2_beads)).min().item(), 0.0)
-    assert energy.item() < best + 15 * KT
+    assert prior(x).max().item() < best + 15 * KT
 
 
 def test_bonds_confine_at_all_distances(ala2_prior, ala2_beads):
@@ -176,18 +182,16 @@ def test_bonds_confine_at_all_distances(ala2_prior, ala2_beads):
     assert np.all(np.diff(energies) > 1)
 
 
-def test_refuses(ala2_map, ala2_beads):
-    with pytest.raises(ValueError, match="shape"):
-        Prior.fit(ala2_beads[0], ala2_map.beads, 300)
-    with pytest.raises(ValueError, match="shape"):
-        Prior.fit(ala2_beads[:, :4], ala2_map.beads, 300)
-    with pytest.raises(ValueError, match="NaN"):
-        Prior.fit(np.full((3, 5, 3), np.nan), ala2_map.beads, 300)
-
-
-def test_one_bead_and_rigid_bonds():
-    single = Prior.fit(np.zeros((3, 1, 3)), Topology(names="A", masses=[1]), 300)
-    assert single(torch.zeros(2, 1, 3, dtype=torch.float64)).tolist() == [0, 0]
-    rigid = np.tile([[0.0, 0, 0], [1.5, 0, 0]], (4, 1, 1))
-    prior = Prior.fit(rigid, Topology(names="AB", masses=[1, 1], bonds=[(0, 1)]), 300)
-    assert np.isfinite(prior.config["bonds"][0][3])
+def test_table():
+    """One row per term, with its beads, or its pair of types, and its constants."""
+    prior = prior_of(
+        bonds=BONDS, angles=ANGLES, dihedrals=DIHEDRALS, volumes=[["A", "D", 3.25, 7.5]]
+    )
+    rows = prior.table()
+    kinds = ["bond"] * 3 + ["angle"] * 2 + ["dihedral", "volume"]
+    assert [row["term"] for row in rows] == kinds
+    assert rows[1]["beads"] == (1, 2)
+    assert rows[1]["constants"] == "r0 = 1.6000 Å, k = 20 eV/Å²"
+    assert rows[-1]["beads"] == ("A", "D")
+    assert rows[-1]["constants"] == "d = 3.2500 Å, A = 7.5 eV"
+    assert rows[5]["beads"] == (0, 1, 2, 3)

@@ -150,6 +150,22 @@ def test_near_refuses():
         butane().near([0], -1)
 
 
+def test_repeated(ala2_topology):
+    three = ala2_topology.repeated(3)
+    assert len(three) == 66
+    assert three.names == ala2_topology.names * 3
+    assert three.types == ala2_topology.types * 3
+    assert np.bincount(three.molecules).tolist() == [22] * 3
+    np.testing.assert_array_equal(three.masses, np.tile(ala2_topology.masses, 3))
+    np.testing.assert_array_equal(three.hops()[44:, 44:], ala2_topology.hops())
+    # Residues of the copies have numbers of their own: 1 to 9.
+    assert len({*zip(three.resids, three.resnames, strict=True)}) == 9
+    assert np.unique(three.resids).tolist() == list(range(1, 10))
+    assert ala2_topology.repeated(1) == ala2_topology
+    assert butane(charges=[0, 0, 1, -1]).repeated(2).charges.tolist() == [0, 0, 1, -1] * 2
+    assert butane(bonds=[]).repeated(2).bonds.shape == (0, 2)
+
+
 def test_json_round_trip(ala2_topology):
     copy = Topology.from_dict(json.loads(json.dumps(ala2_topology.to_dict())))
     assert copy == ala2_topology

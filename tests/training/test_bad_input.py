@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from ccg_ase import CGCalculator, ForceField, Prior, save_model
+from ccg_ase import CGCalculator, ForceField, save_model
 from ccg_ase.checkpoint import ModelFileError
 from ccg_mda import Backmapper, backmap, bead_universe
 from ccg_training.cli import app
@@ -66,9 +66,7 @@ def model(tmp_path_factory, frames) -> Path:
     cg_map = mapping_of(Config.load(folder / "cycle.toml"))
     beads = cg_map.apply(frames[0])
     parts = {
-        "force_field": ForceField(
-            cg_map, 300.0, Prior.fit(beads, cg_map.beads, 300.0), reference_beads=beads[0]
-        ),
+        "force_field": ForceField.from_data(cg_map, 300.0, beads),
         "backmapper": Backmapper.from_data(cg_map, 300.0, torch.from_numpy(frames[0]), width=8),
     }
     save_model(folder / "model.ccg", cg_map=cg_map, temperature_K=300.0, parts=parts)

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from ccg_ase.checkpoint import save_model
 from ccg_ase.forcefield import ForceField
-from ccg_ase.prior import Prior
 from ccg_mda.flow import Backmapper
 from ccg_training.cli import app
 from ccg_training.config import Config
@@ -48,7 +47,7 @@ def model_file(tmp_path_factory):
     start = universe_of(config).atoms.positions.astype(float)
     atoms = start + rng.normal(size=(400, *start.shape)) * 0.03
     beads = cg_map.apply(atoms)
-    force_field = ForceField(cg_map, 300.0, Prior.fit(beads, cg_map.beads, 300.0))
+    force_field = ForceField.from_data(cg_map, 300.0, beads)
     backmapper = Backmapper.from_data(cg_map, 300.0, torch.tensor(atoms), width=8, hops=2)
     path = tmp_path_factory.mktemp("model") / "model.ccg"
     save_model(

@@ -49,11 +49,14 @@ n_layers = 1
 steps = 20
 refit_steps = 10
 batch_size = 64
+members = 2
+relative_entropy_rounds = 1
 [dynamics]
 replicas = 4
 n_steps = 100
 n_final_steps = 200
 save_every = 10
+compiled = false
 [cycle]
 n_states = 6
 n_samples = 8

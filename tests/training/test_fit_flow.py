@@ -24,7 +24,7 @@ from exact_flows import (
 )
 from scipy.spatial.transform import Rotation
 
-from ccg_ase import ForceField, Prior
+from ccg_ase import ForceField
 from ccg_mda import Backmapper
 from ccg_training.fit_flow import (
     LIKELIHOOD_ONLY,
@@ -333,8 +333,9 @@ def test_a_force_field_learns_along_where_the_bead_force_is_unknown():
     beads = truth.cg_map.apply(frames.positions)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        prior = Prior.fit(beads, truth.cg_map.beads, TEMPERATURE_K)
-        force_field = ForceField(truth.cg_map, TEMPERATURE_K, prior, channels=4, n_layers=1)
+        force_field = ForceField.from_data(
+            truth.cg_map, TEMPERATURE_K, beads, channels=4, n_layers=1
+        )
     flow = perturbed(truth, 0.05, 8)
 
     def errors() -> tuple[float, float]:

@@ -7,7 +7,6 @@ from linear_gaussian import GaussianBackmapper, LinearGaussian
 
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
-from ccg_ase.prior import Prior
 from ccg_ase.topology import Topology
 from ccg_ase.units import thermal_energy
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
@@ -71,10 +70,10 @@ def fresh(**sizes):
         names=("A", "B", "C", "D"), masses=np.full(4, 40.0), bonds=[(0, 1), (1, 2), (2, 3)]
     )
     cg_map = CGMap.from_slices(atoms, range(4))
-    prior = Prior.fit(chains(500, np.random.default_rng(0)), cg_map.beads, 300.0)
+    beads = chains(500, np.random.default_rng(0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return ForceField(cg_map, 300.0, prior, channels=4, **sizes)
+        return ForceField.from_data(cg_map, 300.0, beads, channels=4, **sizes)
 
 
 def errors(force_field):

@@ -215,6 +215,19 @@ def test_fits_of_the_flow_and_what_it_holds_are_shown():
     assert "The flow</h2>" not in render(ReportData(), [older, {"stage": "cut"}, {"nll": 2.0}])
 
 
+def test_fits_of_the_force_field_are_shown_with_their_noise():
+    fit = {
+        "loss": 1.0321, "loss_noise": 0.9876, "force_error": 0.0123, "force_resolution": 0.004,
+        "prior_explains": 0.913, "model_explains": 0.9991,
+    }  # fmt: skip
+    records = [{"stage": "force field", "iteration": k, **fit} for k in (0, 2)]
+    records.append({"stage": "flow", "iteration": 2, "fit": "all 100 steps"})
+    page = render(ReportData(), records)
+    page = page[: page.index("Metrics of the run")]
+    for told in ("first fit", "turn 2", "1.032", "0.9876", "0.0123", "91.3%", "99.91%"):
+        assert told in page
+
+
 def test_every_table_has_as_many_columns_as_its_header(ala2_topology, ala2_positions):
     rng = np.random.default_rng(0)
     x = ala2_positions + rng.normal(scale=0.02, size=(4, 3, 22, 3))

@@ -10,7 +10,6 @@ from MDAnalysis.lib import distances
 from ccg_ase.calculator import CGCalculator
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
-from ccg_ase.prior import Prior
 from ccg_ase.topology import Topology
 from ccg_ase.torsion_map import dihedral_angles
 from ccg_ase.units import thermal_energy
@@ -36,9 +35,8 @@ def beads():
 def force_field(beads):
     """A fresh force field: its network is silent, so that it is its prior, known exactly."""
     cg_map = CGMap.from_slices(chain(4), range(4))
-    prior = Prior.fit(beads, cg_map.beads, 300.0)
     with torch.random.fork_rng():
-        return ForceField(cg_map, 300.0, prior, channels=2, l_max=0, n_layers=1)
+        return ForceField.from_data(cg_map, 300.0, beads, channels=2, l_max=0, n_layers=1)
 
 
 # -------------------------------------------------------------- dynamics
@@ -65,7 +63,7 @@ def test_samples_the_ensemble_of_the_force_field(force_field, beads, driver, tmp
     assert frames.shape == (20, 150, 4, 3)
     assert frames.dtype == np.float32
     found = internal_coordinates(frames[8:], force_field.cg_map.beads)
-    config = force_field.prior.config
+    config = force_field.prior.config["molecules"][0]
     r = np.linspace(1, 8, 4001)
     c = np.linspace(-1, 1, 4001)
     exact = [

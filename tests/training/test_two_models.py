@@ -8,7 +8,7 @@ import torch
 from linear_gaussian import GaussianBackmapper, LinearGaussian
 from scipy.spatial.transform import Rotation
 
-from ccg_ase import ForceField, Prior
+from ccg_ase import ForceField
 from ccg_ase.units import thermal_energy
 from ccg_mda import Backmapper
 from ccg_mda.weights import effective_sample_size
@@ -147,10 +147,11 @@ def test_the_force_field_learns_the_free_energy_from_the_flow(molecule, flow):
     # With 32 samples, the tail shape of even lognormal weights is above 0.7 in 3 % of states.
     labels = Labels.from_samples(reconstruct(flow, molecule, beads, 128, rng))
     assert len(labels) > 380
-    prior = Prior.fit(beads, molecule.cg_map.beads, TEMPERATURE_K)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        force_field = ForceField(molecule.cg_map, TEMPERATURE_K, prior, channels=4, n_layers=1)
+        force_field = ForceField.from_data(
+            molecule.cg_map, TEMPERATURE_K, beads, channels=4, n_layers=1
+        )
     settings = FitSettings(steps=500, batch_size=64, learning_rate=1e-2, evaluate_every=50)
     result = fit_force_field(force_field, *labels.split(), settings)
     beads = molecule.states(400, rng)
