@@ -26,6 +26,8 @@ _HOME = {
     "Prior": "prior",
     "Topology": "topology",
     "TorsionMap": "torsion_map",
+    "bead_force": "openmm_force",
+    "bead_system": "openmm_force",
     "fit_prior": "prior_fit",
     "load_model": "checkpoint",
     "save_model": "checkpoint",

@@ -133,8 +133,12 @@ class BeadGraph(nn.Module):
         if self.is_static(box):
             return Edges(self.index, self.bonded)
         index, bonded, images = self.search(positions, box)
-        sites = max(1, positions[..., 0].numel() * _EDGES_PER_BLOCK // max(1, index.shape[1]))
-        return self.united(index, bonded, images, box, sites)
+        return self.united(index, bonded, images, box, self.sites_per_block(positions, index))
+
+    @staticmethod
+    def sites_per_block(positions: Tensor, index: Tensor) -> int:
+        """Return how many sites to encode at a time, for edges (2, E) of all frames."""
+        return max(1, positions[..., 0].numel() * _EDGES_PER_BLOCK // max(1, index.shape[1]))
 
     def is_static(self, box: Tensor | None) -> bool:
         """Whether all frames have the same edges: all pairs."""
@@ -150,7 +154,7 @@ class BeadGraph(nn.Module):
         self,
         index: Tensor,
         bonded: Tensor,
-        images: Tensor,
+        images: Tensor | None,
         box: Tensor | None,
         sites_per_block: int | None = None,
     ) -> Edges:

@@ -39,6 +39,7 @@ _OPTIONS = {
     "assert_indirect_indexing": False,
     "compile_threads": 1,
     "cpp.enable_floating_point_contract_flag": "fast",
+    "joint_graph_constant_folding": False,  # nor that of a uniform one
     "cpp.threads": 1,
 }
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # of an output's greatest number
@@ -57,7 +58,7 @@ def compile_ahead(
     *,
     label: str,
 ) -> Kernel:
-    """Return a compiled form of a kernel, from the cache or built now, in up to a minute.
+    """Return a compiled form of a kernel, from the cache or built now, in a minute or more.
 
     It was compared with the kernel on the example. Inputs of other shapes or dtypes than those of
     the example, but for dynamic dimensions, go to the kernel itself.
@@ -78,13 +79,16 @@ def compile_ahead(
     Returns
     -------
     callable
-        As the kernel; the kernel itself where nothing could be compiled.
+        As the kernel; the kernel itself where nothing could be compiled, or where the environment
+        says CCG_COMPILE=0.
 
     Warns
     -----
     RuntimeWarning
         Once per label in a process: if nothing can be compiled or kept, with cause and cure.
     """
+    if os.environ.get("CCG_COMPILE") == "0":
+        return kernel
     dynamic = dynamic or (None,) * len(example)
     example = tuple(x.detach().contiguous() for x in example)
     try:
@@ -173,7 +177,7 @@ def _cached(
 
     def build(directory: Path) -> tuple[Path, _Run]:
         start = time.monotonic()
-        _LOG.warning("compiling %s for this machine, once: about a minute", label)
+        _LOG.warning("compiling %s for this machine, once: a minute or more", label)
         path = _built(graph, example, dynamic, directory / "built.pt2")
         run = _loaded(path, graph, example, reference)
         _LOG.info("compiled %s in %.0f s", label, time.monotonic() - start)
@@ -205,9 +209,14 @@ def _key(
 ) -> str:
     """Return what the compiled code depends on: all but the values of constants."""
     constants = {name: (x.dtype, tuple(x.shape)) for name, x in graph.named_buffers()}
-    inputs = [(x.dtype, tuple(x.shape)) for x in example]
-    machine = (platform.machine(), platform.system(), torch.backends.cpu.get_cpu_capability())
-    parts = (graph.code, constants, inputs, dynamic, _OPTIONS, torch.__version__, machine, _cpu())
+    inputs = [
+        (x.dtype, [(dims or {}).get(dim, size) for dim, size in enumerate(x.shape)])
+        for x, dims in zip(example, dynamic, strict=True)
+    ]
+    options = (_OPTIONS, _STACK_AT_MOST, torch.__version__)
+    machine = (platform.machine(), platform.system(), platform.libc_ver(), _cpu())
+    machine += (torch.backends.cpu.get_cpu_capability(),)
+    parts = (graph.code, constants, inputs, dynamic, options, machine)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -8,11 +8,12 @@ paths is one product with a constant matrix of e3nn's Wigner 3j symbols, and inn
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from e3nn import o3
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ccg_ase.coupling import Coupling, Harmonics, dimension
 from ccg_ase.graph import MAX_BOND_CLASS
@@ -96,41 +97,70 @@ class Encoder(nn.Module):
         """Encode as `forward` does, but return (components, channels, n, B), scalars first.
 
         `shifts` in Å, shape (E, 3), are added to the vectors from target to source: the cells that
-        periodic images are in. With `sites_per_block`, messages to so many sites are worked on at a
-        time, which keeps large graphs in the processor's cache; then edges must come by target.
+        periodic images are in. With `sites_per_block`, so many sites are worked on at a time, which
+        keeps large graphs in the processor's cache and memory low; then edges must come by target.
         `start`, shape (channels, n, B), is added to what every site starts from.
         """
-        n, n_edges = positions.shape[1], edges.shape[1]
-        x = positions.permute(2, 1, 0)
-        firsts, ends = [0], [n_edges]
-        if sites_per_block is not None:
-            firsts = list(range(0, n, sites_per_block))
-            ends = torch.searchsorted(edges[1], torch.tensor(firsts[1:]).to(edges)).tolist()
-            ends.append(n_edges)
-        blocks = []
-        for k, (first, end) in enumerate(zip(firsts, ends, strict=True)):
-            own = slice(ends[k - 1] if k else 0, end)
-            source, target = edges[0, own], edges[1, own]
-            vectors = x.index_select(1, source) - x.index_select(1, target)
-            if shifts is not None:
-                vectors = vectors + shifts[own].T.unsqueeze(-1)
-            r = torch.linalg.vector_norm(vectors, dim=0, keepdim=True) + _SOFT_A
-            inverse_r = r.reciprocal()
-            # (1 - x²)³ reaches zero at the cut-off with two continuous derivatives.
-            switch = (1 - (r * r) * self.cutoff_A**-2).relu() ** 3
-            harmonics = (self.harmonics(vectors * inverse_r) * switch).unsqueeze(1)
-            radials = self.radial(r, inverse_r, types[source], types[target], bonded[own])
-            sites = (firsts[k + 1] if k + 1 < len(firsts) else n) - first
-            blocks.append((source, target - first, sites, harmonics, radials))
+        n, x = positions.shape[1], positions.permute(2, 1, 0)
         features = self.embedding[types].T[None, :, :, None].expand(-1, -1, -1, len(positions))
         features = features if start is None else features + start
-        for k, layer in enumerate(self.layers):
-            sums = [
-                layer.messages(features, harmonics, radials[k], source, target, sites)
-                for source, target, sites, harmonics, radials in blocks
-            ]
-            features = layer(features, torch.cat(sums, dim=2))
+        if sites_per_block is None or sites_per_block >= n:
+            geometry = self._geometry(x, types, edges, bonded, shifts)
+            for k in range(len(self.layers)):
+                features = self._advance(k, features, edges, *geometry)
+            return features
+        firsts = range(0, n, sites_per_block)
+        cuts = torch.searchsorted(edges[1], torch.tensor([*firsts, n]).to(edges)).tolist()
+        spans = [slice(*ends) for ends in pairwise(cuts)]
+        for k in range(len(self.layers)):
+
+            def block(first: int, own: slice, k: int = k, old: Tensor = features) -> Tensor:
+                shift = None if shifts is None else shifts[own]
+                geometry = self._geometry(x, types, edges[:, own], bonded[own], shift)
+                sites = min(sites_per_block, n - first)
+                return self._advance(k, old, edges[:, own], *geometry, first, sites)
+
+            # Worked out again for the gradient: what is kept grows with sites, not with edges.
+            features = torch.cat(
+                [
+                    checkpoint(block, *where, use_reentrant=False, preserve_rng_state=False)
+                    for where in zip(firsts, spans, strict=True)
+                ],
+                dim=2,
+            )
         return features
+
+    def _geometry(
+        self, x: Tensor, types: Tensor, edges: Tensor, bonded: Tensor, shifts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what depends on the edges alone: angular functions and hidden radial ones."""
+        source, target = edges
+        vectors = x.index_select(1, source) - x.index_select(1, target)
+        if shifts is not None:
+            vectors = vectors + shifts.T.unsqueeze(-1)
+        r = torch.linalg.vector_norm(vectors, dim=0, keepdim=True) + _SOFT_A
+        inverse_r = r.reciprocal()
+        # (1 - x²)³ reaches zero at the cut-off with two continuous derivatives.
+        switch = (1 - (r * r) * self.cutoff_A**-2).relu() ** 3
+        harmonics = (self.harmonics(vectors * inverse_r) * switch).unsqueeze(1)
+        return harmonics, self.radial(r, inverse_r, types[source], types[target], bonded)
+
+    def _advance(
+        self,
+        k: int,
+        features: Tensor,
+        edges: Tensor,
+        harmonics: Tensor,
+        hidden: Tensor,
+        first: int = 0,
+        sites: int | None = None,
+    ) -> Tensor:
+        """Return the features that layer k gives to some sites, by default to all."""
+        layer, (source, target) = self.layers[k], edges
+        sites = features.shape[2] if sites is None else sites
+        weights = self.radial.weights(k, hidden)
+        summed = layer.messages(features, harmonics, weights, source, target - first, sites)
+        return layer(features[:, :, first : first + sites], summed)
 
     def forward(self, positions: Tensor, types: Tensor, edges: Tensor, bonded: Tensor) -> Tensor:
         """Encode a batch of replicas of one system.
@@ -213,8 +243,8 @@ class _Radial(nn.Module):
 
     def forward(
         self, r: Tensor, inverse_r: Tensor, source: Tensor, target: Tensor, bonded: Tensor
-    ) -> list[Tensor]:
-        """Map distances (1, E, B) to weights (size, E * B) for every size."""
+    ) -> Tensor:
+        """Map distances (1, E, B) to hidden features (width, E * B)."""
         shift, slope = self.typical[bonded, source, target].T.unsqueeze(-1)
         # Bounded, so that a torn bond stays within the learned range.
         standardised = torch.addcmul(shift, r, slope).tanh()
@@ -223,7 +253,12 @@ class _Radial(nn.Module):
         static = self.static[rows].sum(0).T.unsqueeze(-1)
         inputs = torch.cat([bessel, standardised.flatten(1)])
         hidden = linear(self.hidden, inputs).view(len(static), *r.shape[1:]) + static
-        return linear(self.out, nn.functional.silu(hidden).flatten(1)).split(self.sizes)
+        return nn.functional.silu(hidden).flatten(1)
+
+    def weights(self, k: int, hidden: Tensor) -> Tensor:
+        """Map hidden features to the weights of layer k, (size, E * B)."""
+        rows = slice(sum(self.sizes[:k]), sum(self.sizes[: k + 1]))
+        return torch.addmm(self.out.bias[rows].unsqueeze(1), self.out.weight[rows], hidden)
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ccg_ase.compiled import compile_ahead
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
 from ccg_ase.threads import one_thread
+from ccg_ase.tracing import being_compiled
 
 _COINCIDENT_A = 1e-6
 
@@ -202,13 +203,14 @@ class _Kernel(nn.Module):
         if not rest:
             edges = Edges(ff.graph.index, ff.graph.bonded)
             return ff.on_edges(beads, edges, None, thermal), (beads,)
+        blocks = None if being_compiled() else ff.graph.sites_per_block(beads, rest[0])
         if len(rest) == 2:
-            edges = Edges(*rest, united=True)
+            edges = ff.graph.united(*rest, None, None, blocks)
             return ff.on_edges(beads, edges, None, thermal), (beads,)
         *found, box = rest
         strain = torch.zeros_like(box).requires_grad_()
         deform = torch.eye(3).to(box) + strain
-        edges = ff.graph.united(*found, box @ deform)
+        edges = ff.graph.united(*found, box @ deform, blocks)
         energies = ff.on_edges(beads @ deform, edges, box @ deform, thermal)
         return energies, (beads, strain)
 

@@ -59,9 +59,9 @@ class BatchedLangevin:
     device, dtype, compiled
         Passed to `Evaluator`; frames are returned in `dtype`.
     largest_move_A
-        A bead that moves further along an axis within one step has exploded. Where a step is
-        stable, ω Δt < 2, thermal moves √(kT/m) Δt stay below twice a bond's thermal width, about
-        0.1 Å.
+        A bead that moves further along an axis within one step has exploded. Thermal moves stay
+        below 0.1 Å, and a start with overlaps makes moves of an Å or two, from which a run
+        recovers; one that diverges passes any bound within a few steps.
 
     Raises
     ------
@@ -84,7 +84,7 @@ class BatchedLangevin:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         compiled: bool = True,
-        largest_move_A: float = 1.0,
+        largest_move_A: float = 5.0,
     ):
         if not (timestep_fs > 0 and friction_per_ps > 0):
             raise ValueError("timestep_fs and friction_per_ps must be positive")

@@ -139,6 +139,8 @@ class Prior(ExactConstants):
 
     def bonded(self, beads: Tensor, box: Tensor | None = None) -> Tensor:
         """Return each bead's share of bonds, angles and dihedrals in eV, shape (B, n)."""
+        if not self.entry.numel():
+            return beads.new_zeros(beads.shape[:2])
 
         def steps(chain: Tensor) -> Tensor:
             ends = beads.index_select(1, chain.flatten()).unflatten(1, chain.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,8 +65,8 @@ def traced(
     table = core_aten_decompositions()
     for operation in (_aten.index_select.default, _aten.index_add.default):
         table.pop(operation, None)  # kept, since the passes look for them
-    inputs = _symbolic(example, dynamic) if any(dynamic) else example
-    with _flag():
+    inputs, mode = _symbolic(example, dynamic) if any(dynamic) else (example, nullcontext())
+    with _flag(), mode:
         graph = make_fx(kernel, decomposition_table=table)(*inputs)
     _fold(graph)
     _sum_rather_than_scatter(graph)
@@ -78,8 +78,8 @@ def traced(
 
 def _symbolic(
     example: tuple[Tensor, ...], dynamic: tuple[dict[int, str] | None, ...]
-) -> list[Tensor]:
-    """Return stand-ins for inputs, with symbols for the dimensions that vary."""
+) -> tuple[list[Tensor], AbstractContextManager]:
+    """Return stand-ins for inputs, with symbols for dimensions that vary, and where they live."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import (
         DimDynamic,
@@ -98,7 +98,7 @@ def _symbolic(
         ]
         context = StatelessSymbolicContext(dynamic_sizes=kinds)
         stand_ins.append(mode.from_tensor(x, symbolic_context=context))
-    return stand_ins
+    return stand_ins, mode
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def _sum_rather_than_scatter(graph: fx.GraphModule) -> None:
     zeros = (_aten.full.default, _aten.zeros.default, _aten.new_zeros.default)
     for node in graph.graph.find_nodes(op="call_function", target=_aten.index_add.default):
         zero, dim, index, values = node.args
-        if zero.target not in zeros or not _constant(graph, index, known):
+        if zero.target not in zeros or not _constant(graph, index, known) or not _shape(node)[dim]:
             continue
         if not all(isinstance(size, int) for size in _shape(values)):
             continue

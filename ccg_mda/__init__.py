@@ -12,6 +12,7 @@ _HOME = {
     "Backmap": "transformation",
     "Backmapper": "flow",
     "BeadReader": "readers",
+    "BeadWriter": "bead_writer",
     "Diagnostics": "diagnostics",
     "OpenMMPotential": "potential",
     "Potential": "potential",

@@ -231,9 +231,6 @@ class Dynamics(Section):
     n_steps: PositiveInt = Field(8000, description="steps per replica in every turn of the loop")
     n_final_steps: PositiveInt = Field(16000, description="steps of the ensemble of the report")
     save_every: PositiveInt = Field(50, description="steps between stored bead states")
-    compiled: bool = Field(
-        True, description="evaluate beads by code compiled for this machine, once per map"
-    )
 
     @model_validator(mode="after")
     def _whole_saves(self) -> Dynamics:

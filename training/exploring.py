@@ -38,7 +38,6 @@ def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_ste
         n_steps=n_steps,
         save_every=settings.save_every,
         driver=settings.driver,
-        compiled=settings.compiled,
         timestep_fs=settings.timestep_fs,
         friction_per_ps=settings.friction_per_ps,
         seed=int(rng.integers(2**31)),

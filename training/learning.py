@@ -302,7 +302,6 @@ def _minimise_relative_entropy(
         equilibration=dynamics.n_steps // 4,
         timestep_fs=dynamics.timestep_fs,
         friction_per_ps=dynamics.friction_per_ps,
-        compiled=dynamics.compiled,
     )
     found = minimise_relative_entropy(
         force_field,

@@ -36,7 +36,6 @@ def ase_bead_dynamics(
     friction_per_ps: float = 1.0,
     temperature_K: float | None = None,
     seed: int = 0,
-    compiled: bool = True,
     saves_per_chunk: int = 50,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> np.ndarray:
@@ -65,8 +64,6 @@ def ase_bead_dynamics(
         Default: the force field's; no other is allowed.
     seed
         Of momenta and noise.
-    compiled
-        See `CGCalculator`.
     saves_per_chunk
         Frames per chunk, the loss at most when interrupted.
     progress
@@ -93,7 +90,7 @@ def ase_bead_dynamics(
     if save_every < 1 or n_steps < save_every or n_steps % save_every:
         raise ValueError(f"save_every={save_every} must divide n_steps={n_steps}")
     temperature_K = force_field.temperature_K if temperature_K is None else temperature_K
-    calculator = CGCalculator(force_field, replicas=len(beads), compiled=compiled)
+    calculator = CGCalculator(force_field, replicas=len(beads))
     calculator.check_temperature(temperature_K)
     settings = {
         "driver": driver,

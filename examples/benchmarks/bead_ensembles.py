@@ -20,11 +20,11 @@ class Dynamics:
     """How bead dynamics is run: Langevin (BAOAB), replicas in one batch."""
 
     replicas: int = 256
-    steps: int = 16_000
+    steps: int = 20_000
     every: int = 25
     timestep_fs: float = 4.0
     friction_per_ps: float = 1.0
-    discard: float = 0.5  # share of every replica's frames in which it forgets its start
+    discard: float = 0.25  # share of every replica's frames in which it forgets its start
 
     def run(self, force_field: ForceField, starts: np.ndarray, seed: int) -> np.ndarray:
         """Return frames after the discarded ones, Å, shape (S, replicas, n, 3)."""

@@ -5,7 +5,7 @@
     python bead_force_field.py labels FLOW.ccg                 # its labels, on 5 ns
     python bead_force_field.py flow FLOW.npz --seeds 0 1 2     # fit, bead dynamics, (φ, ψ)
     python bead_force_field.py sizes FLOW.npz                  # accuracy against speed
-    python bead_force_field.py water                           # explicit water, forces only
+    python bead_force_field.py water --rounds 10               # explicit water, forces only
 
 Every divergence is printed with the floor that two draws of the reference have. Seconds are of the
 process (one core). Figures of the last release: README.md.
@@ -17,6 +17,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simulate
@@ -35,19 +36,22 @@ from ccg_training.estimators import label_variance
 from ccg_training.evaluation import bead_energies
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
+from ccg_training.langevin_sampler import LangevinSampler
 from ccg_training.reconstruction import pull_back_frames, reconstruct
+from ccg_training.reference_beads import ReferenceBeads
+from ccg_training.relative_entropy import RelativeEntropySettings, minimise_relative_entropy
 
 KT = thermal_energy(300.0)
-SIZES = (
+SIZES = (  # what differs from the defaults
     {},
-    {"channels": 4},
-    {"channels": 16},
-    {"channels": 32},
+    {"channels": 8},
     {"l_max": 0},
     {"l_max": 2},
     {"n_layers": 1},
+    {"channels": 32},
     {"n_radial": 4},
-    {"n_radial": 12},
+    {"n_radial": 16},
+    {"channels": 4},
 )
 
 
@@ -90,11 +94,11 @@ def fit(
     beads: np.ndarray,
     settings: FitSettings,
     share: float = 0.1,
-    **sizes: int,
+    **options: Any,
 ) -> tuple[ForceField, dict[str, float]]:
     """Fit a force field whose prior is that of `beads`; a share of the labels judges."""
     torch.manual_seed(settings.seed)
-    force_field = ForceField.from_data(cg_map, 300.0, beads, **sizes)
+    force_field = ForceField.from_data(cg_map, 300.0, beads, **options)
     start = time.process_time()
     found = fit_force_field(force_field, *labels.split(share, seed=settings.seed), settings)
     return force_field, found | {"fit_s": time.process_time() - start}
@@ -193,7 +197,8 @@ def water(args: argparse.Namespace) -> None:
         settings = FitSettings(
             steps=args.steps, learning_rate=args.rate, seed=seed, evaluate_every=50, patience=6
         )
-        force_field, found = fit(cg_map, known, beads, settings, 0.2, channels=args.channels)
+        options = {"channels": args.channels, "terms": args.prior}
+        force_field, found = fit(cg_map, known, beads, settings, 0.2, **options)
         _, held_out = known.split(0.2, seed=seed)
         untrained = ForceField(cg_map, 300.0, force_field.prior, channels=1)
         of_prior, of_model = (
@@ -215,6 +220,17 @@ def water(args: argparse.Namespace) -> None:
         show({"seed": seed, "best_step": found["best_step"], "fit_s": found["fit_s"]})
         dynamics = Dynamics(steps=args.dynamics_steps, timestep_fs=args.timestep_fs)
         show(measure(force_field, beads, beads, dynamics, size=len(beads) // 2, seed=seed))
+        if args.rounds:
+            start = time.process_time()
+            gain = minimise_relative_entropy(
+                force_field,
+                *ReferenceBeads(beads).split(0.3),
+                LangevinSampler(3000, 25, 1000, args.timestep_fs),
+                RelativeEntropySettings(rounds=args.rounds, seed=seed),
+                progress=lambda done, rounds, values: show({"round": done, **values}),
+            )
+            show({**gain, "relative_entropy_s": time.process_time() - start})
+            show(measure(force_field, beads, beads, dynamics, size=len(beads) // 2, seed=seed))
 
 
 def main() -> None:
@@ -225,11 +241,13 @@ def main() -> None:
     parser.add_argument("--time-ps", type=float, default=5000.0)
     parser.add_argument("--labels", type=int, default=25_000)
     parser.add_argument("--channels", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--dynamics-steps", type=int, default=16_000)
+    parser.add_argument("--dynamics-steps", type=int, default=20_000)
     parser.add_argument("--timestep-fs", type=float, default=4.0)
     parser.add_argument("--frames", type=int, default=50_000)
+    parser.add_argument("--prior", nargs="+", default=["bonds", "angles", "volumes"])
+    parser.add_argument("--rounds", type=int, default=0, help="water: of relative entropy, then")
     parser.add_argument("--compiled", action="store_true", help="time compiled code, too")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -105,8 +105,8 @@ def is_right(kernel, wave, m=5):
     return True
 
 
-def compile_wave(label, seed=0):
-    return compiled.compile_ahead(Wave(seed), inputs(), DYNAMIC, label=label)
+def compile_wave(label, seed=0, m=5):
+    return compiled.compile_ahead(Wave(seed), inputs(m), DYNAMIC, label=label)
 
 
 def test_equals_the_kernel_and_sizes_may_vary(built, monkeypatch):
@@ -140,9 +140,9 @@ def test_changes_nothing_global(built):
 
 
 @pytest.mark.usefixtures("cache")
-def test_loads_from_the_cache_and_takes_other_weights():
-    for seed in (0, 1):
-        kernel = compile_wave(f"wave {seed}", seed)
+def test_loads_from_the_cache_whatever_weights_and_dynamic_sizes():
+    for seed, m in ((0, 5), (1, 8)):
+        kernel = compile_wave(f"wave {seed}", seed, m)
         assert not isinstance(kernel, nn.Module)
         assert is_right(kernel, Wave(seed))
     assert not torch.allclose(Wave(0)(*inputs())[0], Wave(1)(*inputs())[0])
@@ -247,6 +247,20 @@ def test_products_written_out_are_the_same(l_max):
         with compiling():
             after = coupling(x, y), coupling.weighted(x, y, weights)
         torch.testing.assert_close(after, before, rtol=0, atol=1e-13)
+
+
+def test_gradients_of_slices_of_varying_length_are_traced():
+    class Rows(nn.Module):
+        def forward(self, box, frame):
+            with torch.enable_grad():
+                box = box.detach().requires_grad_()
+                rows = box[frame][:, 1][: frame.shape[0] - 1]
+                return torch.autograd.grad(rows.sin().sum(), box)
+
+    box, frame = torch.randn(2, 3, 3), torch.tensor([0, 1, 1, 0, 1])
+    graph = tracing.traced(Rows(), (box, frame), (None, {0: "m"}))
+    for frames in (frame, frame[:3]):
+        torch.testing.assert_close(graph(box, frames), Rows()(box, frames))
 
 
 @pytest.mark.parametrize("dynamic", [(None, None), (None, {0: "m"})])

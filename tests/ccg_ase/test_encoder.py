@@ -170,7 +170,8 @@ def test_small_bond_changes_are_visible():
                 mean[bond], std[bond], types, edges[:, bond], bonded[bond]
             )
         r = torch.tensor([1.5, 1.53], dtype=torch.float64).view(1, 1, 2).expand(1, 20, 2)
-        weights = encoder.radial(r, 1 / r, types[edges[0]], types[edges[1]], bonded)[0]
+        hidden = encoder.radial(r, 1 / r, types[edges[0]], types[edges[1]], bonded)
+        weights = encoder.radial.weights(0, hidden)
         return weights.view(-1, 20, 2)[:, bond].diff(dim=-1).abs().mean()
 
     before = change(False)

@@ -56,7 +56,6 @@ replicas = 4
 n_steps = 100
 n_final_steps = 200
 save_every = 10
-compiled = false
 [cycle]
 n_states = 6
 n_samples = 8
