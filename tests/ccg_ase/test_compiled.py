@@ -59,6 +59,14 @@ def state():
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiling():
+    """Elsewhere in the tests nothing is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CCG_COMPILE")
+        yield
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Cache with the compiled kernel in it, and global state before and after."""
@@ -107,6 +115,13 @@ def is_right(kernel, wave, m=5):
 
 def compile_wave(label, seed=0, m=5):
     return compiled.compile_ahead(Wave(seed), inputs(m), DYNAMIC, label=label)
+
+
+def test_the_environment_may_forbid_it(monkeypatch):
+    monkeypatch.setenv("CCG_COMPILE", "0")
+    monkeypatch.setattr(compiled, "traced", lambda *_: pytest.fail("compiled"))
+    kernel = Wave()
+    assert compiled.compile_ahead(kernel, inputs(), DYNAMIC, label="nothing") is kernel
 
 
 def test_equals_the_kernel_and_sizes_may_vary(built, monkeypatch):
