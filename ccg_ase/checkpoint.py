@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ccg_ase.files import replaced
 from ccg_ase.mapping import CGMap
 from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
@@ -136,16 +137,8 @@ def save_model(
         text = json.dumps(header)
     except TypeError as error:
         raise ValueError(f"configs, provenance and metrics must be JSON-able: {error}") from error
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:  # with the user's usual permissions, unlike save_file
-            file.write(save(tensors, metadata={_HEADER: text}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as file:  # with the user's usual permissions, unlike save_file
+        file.write(save(tensors, metadata={_HEADER: text}))
 
 
 def load_model(path: str | os.PathLike[str]) -> ModelFile:

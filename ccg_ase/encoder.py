@@ -174,7 +174,7 @@ class Encoder(nn.Module):
         edges
             (source, target) of each message, shape (2, E), see `graph.all_pairs`.
         bonded
-            Bond-distance class 0 to 4 of each edge, shape (E,), see `graph.bond_classes`.
+            Bond-distance class 0 to 4 of each edge, shape (E,), see `graph.BondClasses`.
 
         Returns
         -------

@@ -123,14 +123,6 @@ class Evaluator:
             ]
         return energy.detach().double(), -torch.stack(forces).double()
 
-    def spread(self, beads: Tensor, box: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return standard deviations over the committee: energy (R,) in eV, forces (R, n, 3).
-
-        Parameters as of a call. With one member, all are zero.
-        """
-        energies, forces = self.members(beads, box)
-        return energies.std(0, correction=0), forces.std(0, correction=0)
-
     def check_apart(self, beads: Tensor, box: Tensor | None = None) -> None:
         """Refuse frames in which two beads coincide: their direction, hence the force, is none.
 

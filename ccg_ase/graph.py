@@ -52,11 +52,6 @@ class BondClasses:
         return np.where(self._keys[place] == keys, self._classes[place], 0)
 
 
-def bond_classes(topology: Topology, edges: torch.Tensor) -> torch.Tensor:
-    """Return the bond-distance class of every edge, shape (E,), see `BondClasses`."""
-    return torch.from_numpy(BondClasses(topology)(edges[0].numpy(), edges[1].numpy()))
-
-
 def minimum_image(vectors: Vectors, box: Vectors) -> Vectors:
     """Move vectors (..., 3) by cells (..., 3, 3) to within half a cell along every cell vector.
 

@@ -60,7 +60,7 @@ class Box:
 
 BOXES = {
     # The box of the file has 0.50 g/cm³, where methanol would boil; this one has 0.79.
-    "methanol": Box("methanol-box/methanol-box", (2.0270, 2.0743, 2.0075), 300, scale=0.857),
+    "methanol": Box("methanol-box/methanol-box", (2.0270, 2.0743, 2.0075), 1000, scale=0.857),
     # The angles in the files of this box are wrong (5156.6°: radians converted twice); it's a cube.
     "water": Box("waterbox/watbox216", (1.8774349,) * 3, 200),
     "rigid_water": Box("waterbox/watbox216", (1.8774349,) * 3, 200, rigid=True),
@@ -176,7 +176,7 @@ def chignolin(
             _run(context, 300.0, 2000, trans=60.0, hold=1000.0)
             _run(context, 300.0, 1000, trans=0.0, hold=100.0 if walker.restrained else 0.0)
             context.getIntegrator().setFriction(1.0)
-            write_npz(file, _record(context, frames_per_chunk, steps_per_frame, forces=True))
+            write_npz(file, _record(context, frames_per_chunk, steps_per_frame))
         if chunk:
             _gather(chunk_folder, target, steps_per_frame * 1e-3)
         print(f"chignolin: chunk {chunk} of {chunks}, {time.ctime()}", flush=True)
@@ -237,7 +237,7 @@ def _gather(chunk_folder: Path, target: Path, frame_ps: float) -> None:
 
 
 def box(public: Path, runs: Path, name: str, *, chunks: int = 10, seed: int = 5) -> None:
-    """Sample a periodic box at 300 K and constant volume, a frame every 0.5 ps; positions only."""
+    """Sample a periodic box at 300 K and constant volume, a frame with forces every 0.5 ps."""
     system, topology = box_system(public, name)
     target, kind = runs / f"{name}.npz", BOXES[name]
     timestep_fs = 2.0 if kind.rigid else 1.0
@@ -263,7 +263,7 @@ def box(public: Path, runs: Path, name: str, *, chunks: int = 10, seed: int = 5)
         context.setPositions(last["last_positions_nm"])
         context.setVelocities(last["last_velocities"])
         count = kind.frames * chunk // chunks - kind.frames * (chunk - 1) // chunks
-        write_npz(file, _record(context, count, steps_per_frame, forces=False))
+        write_npz(file, _record(context, count, steps_per_frame))
         _gather(chunk_folder, target, steps_per_frame * timestep_fs * 1e-3)
         print(f"{name}: chunk {chunk} of {chunks}", flush=True)
 
@@ -277,23 +277,18 @@ def _context(
     return openmm.Context(system, integrator, platform, {"Threads": "1"})
 
 
-def _record(
-    context: openmm.Context, count: int, steps: int, *, forces: bool
-) -> dict[str, np.ndarray]:
+def _record(context: openmm.Context, count: int, steps: int) -> dict[str, np.ndarray]:
     """Run, and return frames with energies and forces of the unbiased molecule (group 0).
 
     Molecules stay whole: positions are unwrapped unless OpenMM is asked to wrap them.
     """
-    frames: dict[str, list[np.ndarray | float]] = {"positions": []}
-    if forces:
-        frames |= {"forces": [], "energy": []}
+    frames: dict[str, list[np.ndarray | float]] = {"positions": [], "forces": [], "energy": []}
     for _ in range(count):
         context.getIntegrator().step(steps)
-        state = context.getState(positions=True, energy=forces, forces=forces, groups={0})
+        state = context.getState(positions=True, energy=True, forces=True, groups={0})
         frames["positions"].append(state.getPositions(asNumpy=True)._value * NM)
-        if forces:
-            frames["forces"].append(state.getForces(asNumpy=True)._value * (KJ_PER_MOL / NM))
-            frames["energy"].append(state.getPotentialEnergy()._value * KJ_PER_MOL)
+        frames["forces"].append(state.getForces(asNumpy=True)._value * (KJ_PER_MOL / NM))
+        frames["energy"].append(state.getPotentialEnergy()._value * KJ_PER_MOL)
     return {**{key: np.array(values) for key, values in frames.items()}, **_last(context)}
 
 
