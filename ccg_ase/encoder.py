@@ -8,6 +8,7 @@ paths is one product with a constant matrix of e3nn's Wigner 3j symbols, and inn
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise, product
 
 import torch
@@ -104,30 +105,33 @@ class Encoder(nn.Module):
         n, x = positions.shape[1], positions.permute(2, 1, 0)
         features = self.embedding[types].T[None, :, :, None].expand(-1, -1, -1, len(positions))
         features = features if start is None else features + start
-        if sites_per_block is None or sites_per_block >= n:
-            geometry = self._geometry(x, types, edges, bonded, shifts)
-            for k in range(len(self.layers)):
-                features = self._advance(k, features, edges, *geometry)
-            return features
-        firsts = range(0, n, sites_per_block)
-        cuts = torch.searchsorted(edges[1], torch.tensor([*firsts, n]).to(edges)).tolist()
+        size = n if sites_per_block is None else min(sites_per_block, n)
+        firsts = range(0, n, size)
+        cuts = [0, edges.shape[1]]
+        if len(firsts) > 1:
+            cuts = torch.searchsorted(edges[1], torch.tensor([*firsts, n]).to(edges)).tolist()
         spans = [slice(*ends) for ends in pairwise(cuts)]
+
+        def geometry(own: slice) -> tuple[Tensor, Tensor]:
+            shift = None if shifts is None else shifts[own]
+            return self._geometry(x, types, edges[:, own], bonded[own], shift)
+
+        def block(k: int, old: Tensor, first: int, own: slice, *known: Tensor) -> Tensor:
+            known = known or geometry(own)
+            return self._advance(k, old, edges[:, own], *known, first, min(size, n - first))
+
+        if len(firsts) > 1 and not self.embedding.requires_grad:
+            # Nothing is trained: what is kept for the gradient grows with sites, not with edges.
+            again = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            known = [()] * len(spans)
+        else:
+            again, known = block, [geometry(own) for own in spans]
         for k in range(len(self.layers)):
-
-            def block(first: int, own: slice, k: int = k, old: Tensor = features) -> Tensor:
-                shift = None if shifts is None else shifts[own]
-                geometry = self._geometry(x, types, edges[:, own], bonded[own], shift)
-                sites = min(sites_per_block, n - first)
-                return self._advance(k, old, edges[:, own], *geometry, first, sites)
-
-            # Worked out again for the gradient: what is kept grows with sites, not with edges.
-            features = torch.cat(
-                [
-                    checkpoint(block, *where, use_reentrant=False, preserve_rng_state=False)
-                    for where in zip(firsts, spans, strict=True)
-                ],
-                dim=2,
-            )
+            parts = [
+                again(k, features, first, own, *angular)
+                for first, own, angular in zip(firsts, spans, known, strict=True)
+            ]
+            features = torch.cat(parts, dim=2)
         return features
 
     def _geometry(
@@ -152,12 +156,11 @@ class Encoder(nn.Module):
         edges: Tensor,
         harmonics: Tensor,
         hidden: Tensor,
-        first: int = 0,
-        sites: int | None = None,
+        first: int,
+        sites: int,
     ) -> Tensor:
-        """Return the features that layer k gives to some sites, by default to all."""
+        """Return the features that layer k gives to so many sites from the first on."""
         layer, (source, target) = self.layers[k], edges
-        sites = features.shape[2] if sites is None else sites
         weights = self.radial.weights(k, hidden)
         summed = layer.messages(features, harmonics, weights, source, target - first, sites)
         return layer(features[:, :, first : first + sites], summed)
