@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from ase.calculators.calculator import (
 )
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from ccg_ase.checkpoint import load_model
+from ccg_ase.checkpoint import content_digest, load_model
 from ccg_ase.evaluator import Evaluator
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
@@ -215,13 +214,9 @@ class CGCalculator(BaseCalculator):
 
     def todict(self) -> dict[str, Any]:
         """Return what trajectory writers record: which model, by content, and its temperature."""
-        digest = hashlib.sha256(self.cg_map.fingerprint().encode())
-        for key, tensor in sorted(self.force_field.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.cpu().numpy().tobytes())
         return {
             "model": "ccg",
-            "sha256": digest.hexdigest(),
+            "sha256": content_digest(self.cg_map.fingerprint(), self.force_field),
             "temperature_K": self.temperature_K,
             "replicas": self.replicas,
         }

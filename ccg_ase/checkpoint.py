@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -139,6 +140,15 @@ def save_model(
         raise ValueError(f"configs, provenance and metrics must be JSON-able: {error}") from error
     with replaced(path) as file:  # with the user's usual permissions, unlike save_file
         file.write(save(tensors, metadata={_HEADER: text}))
+
+
+def content_digest(text: str, module: nn.Module) -> str:
+    """Return the SHA-256 of a text and of all numbers that a module holds."""
+    digest = hashlib.sha256(text.encode())
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model(path: str | os.PathLike[str]) -> ModelFile:

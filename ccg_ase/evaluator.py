@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ccg_ase.bead_graph import Edges
 from ccg_ase.compiled import compile_ahead
 from ccg_ase.forcefield import ForceField
+from ccg_ase.graph import near_origin
 from ccg_ase.mapping import CGMap
 from ccg_ase.threads import one_thread
 from ccg_ase.tracing import being_compiled
@@ -78,6 +79,7 @@ class Evaluator:
         self.temperature_K = force_field.temperature_K if temperature_K is None else temperature_K
         reduced = self.force_field.reduced_temperature(self.temperature_K, (replicas,))
         self._thermal = () if reduced is None else (reduced.contiguous(),)
+        self._eager = _Kernel(self.force_field)
         self._compiled = compiled and self.device.type == "cpu"
         self._kernels: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
 
@@ -99,14 +101,15 @@ class Evaluator:
         box
             Cell vectors in rows, Å, shape (3, 3) or (R, 3, 3), float64; None for open space.
         """
-        inputs, volume = self._inputs(beads, box), None
+        inputs = self._inputs(beads, box)
         with one_thread():
             kernel = self._kernels.get(len(inputs)) or self._build(inputs)
             energies, forces, *virial = kernel(*inputs)
+        stress = None
         if virial:
             volume = torch.linalg.det(box.to(self.device, torch.float64)).abs()
             stress = virial[0].double() / volume[..., None, None]
-        return Evaluation(energies.double(), forces.double(), stress if virial else None)
+        return Evaluation(energies.double(), forces.double(), stress)
 
     def members(self, beads: Tensor, box: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return energies and forces of every member alone, in eV and eV/Å, float64.
@@ -115,7 +118,7 @@ class Evaluator:
         """
         inputs = self._inputs(beads, box)
         with one_thread(), torch.enable_grad():
-            energies, strained = _Kernel(self.force_field).strained(*inputs)
+            energies, strained = self._eager.strained(*inputs)
             energy = energies.sum(-1)
             forces = [
                 torch.autograd.grad(member.sum(), strained[0], retain_graph=True)[0]
@@ -151,27 +154,27 @@ class Evaluator:
         ff = self.force_field
         beads = beads.detach().to(self.device, torch.float64)
         if box is None:
-            beads = (beads - beads.mean(1, keepdim=True)).to(ff.dtype)
+            beads = near_origin(beads, None).to(ff.dtype)
             if ff.graph.is_static(None):
                 return (beads, *self._thermal)
             index, bonded, _ = ff.graph.search(beads, None)
             return (beads, index, bonded, *self._thermal)
         box = box.detach().to(self.device, torch.float64).expand(len(beads), 3, 3)
-        beads = (beads - (beads @ torch.linalg.inv(box)).floor() @ box).to(ff.dtype)
+        beads = near_origin(beads, box).to(ff.dtype)
         box = box.to(ff.dtype).contiguous()
         index, bonded, images = ff.graph.search(beads, box)
         return (beads, index, bonded, images, box, *self._thermal)
 
     def _build(self, inputs: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, ...]]:
-        kernel = _Kernel(self.force_field)
-        if self._compiled and all(0 not in x.shape for x in inputs):
-            edges = ({1: "edges"}, {0: "edges"}, {0: "edges"})
-            n_edges = {1: 0, 3: 2, 5: 3}[len(inputs) - len(self._thermal)]
-            rest = (None,) * (len(inputs) - 1 - n_edges)
-            kernel = compile_ahead(
-                kernel, inputs, (None, *edges[:n_edges], *rest), label="the force field"
-            )
-            self._kernels[len(inputs)] = kernel
+        if not self._compiled or any(0 in x.shape for x in inputs):
+            return self._eager
+        edges = ({1: "edges"}, {0: "edges"}, {0: "edges"})
+        n_edges = {1: 0, 3: 2, 5: 3}[len(inputs) - len(self._thermal)]
+        rest = (None,) * (len(inputs) - 1 - n_edges)
+        kernel = compile_ahead(
+            self._eager, inputs, (None, *edges[:n_edges], *rest), label="the force field"
+        )
+        self._kernels[len(inputs)] = kernel
         return kernel
 
 

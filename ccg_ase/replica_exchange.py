@@ -69,8 +69,7 @@ def rung_temperatures(
             f"exchange needs temperatures_K that ascend, two or more, and at least one step; got "
             f"{rungs.tolist()} every {exchange_every}"
         )
-    low, high = force_field.temperatures_K
-    if not ((rungs >= low - 1e-6) & (rungs <= high + 1e-6)).any():
+    if not force_field.temperatures_K.holds(rungs).any():
         raise ValueError(
             f"no rung of the ladder {rungs.tolist()} is a temperature of the force field "
             f"({force_field.temperatures_K}), hence none a physical ensemble: let one be "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ccg_ase.checkpoint import content_digest
 from ccg_ase.files import replaced
 from ccg_ase.forcefield import ForceField
 
@@ -23,22 +23,14 @@ def force_field_digest(force_field: ForceField) -> str:
     """Return a hash of what a force field computes: map, temperature, terms, all numbers."""
     config = json.dumps(force_field.config, sort_keys=True)
     text = f"{force_field.cg_map.fingerprint()} {force_field.temperature_K} {config}"
-    return _digest(text, force_field)
+    return content_digest(text, force_field)[:16]
 
 
 def restraint_digest(restraint: Callable[..., Any]) -> str:
     """Return a hash of a restraint: of a module its numbers, of a function its name only."""
     if isinstance(restraint, nn.Module):
-        return _digest(type(restraint).__qualname__, restraint)
+        return content_digest(type(restraint).__qualname__, restraint)[:16]
     return getattr(restraint, "__qualname__", type(restraint).__qualname__)
-
-
-def _digest(text: str, module: nn.Module) -> str:
-    digest = hashlib.sha256(text.encode())
-    for key, tensor in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def write_restart(

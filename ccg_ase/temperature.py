@@ -17,6 +17,11 @@ class TemperatureRange(NamedTuple):
     low: float
     high: float
 
+    def holds(self, temperature_K: float | np.ndarray | Tensor) -> Tensor:
+        """Tell which temperatures in K lie within the range."""
+        given = torch.as_tensor(temperature_K, dtype=torch.float64)
+        return (given > self.low - _TOLERANCE_K) & (given < self.high + _TOLERANCE_K)
+
     def check(self, temperature_K: float | np.ndarray | Tensor) -> None:
         """Refuse temperatures in K outside of the range.
 
@@ -25,9 +30,9 @@ class TemperatureRange(NamedTuple):
         ValueError
             With the first of them.
         """
-        given = torch.as_tensor(temperature_K, dtype=torch.float64)
-        wrong = ~((given > self.low - _TOLERANCE_K) & (given < self.high + _TOLERANCE_K))
+        wrong = ~self.holds(temperature_K)
         if wrong.any():
+            given = torch.as_tensor(temperature_K, dtype=torch.float64)
             raise ValueError(
                 f"the energy is a free energy at {self} and wrong at {given[wrong][0]:g} K; run at "
                 f"{self} or train another model"

@@ -6,7 +6,6 @@ here and nowhere else in the training package.
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from ase import units
+
+from ccg_ase.files import replaced
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
@@ -138,15 +139,8 @@ def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an NPZ file so that it is either complete or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as file:
+        np.savez(file, **arrays)
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:

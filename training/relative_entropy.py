@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ccg_ase.forcefield import ForceField
+from ccg_ase.graph import near_origin
 from ccg_ase.units import thermal_energy
 from ccg_mda.bounds import Estimate
 from ccg_mda.weights import effective_sample_size, resample, weighted_average
@@ -296,9 +297,6 @@ class _Stage:
 
         Frames have drifted: they are centred, or wrapped, so that no digits are lost.
         """
-        if self.box is None:
-            frames, box = frames - frames.mean(1, keepdim=True), None
-        else:
-            frames = frames - (frames @ torch.linalg.inv(self.box)).floor() @ self.box
-            box = self.box.to(**self.place)
+        frames = near_origin(frames, self.box)
+        box = None if self.box is None else self.box.to(**self.place)
         return model(frames.to(**self.place), box=box).double() / self.kT

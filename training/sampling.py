@@ -20,6 +20,8 @@ from ccg_ase.calculator import CGCalculator
 from ccg_ase.forcefield import ForceField
 from ccg_ase.units import thermal_energy
 
+from .reference import write_npz
+
 Driver = Literal["LangevinBAOAB", "Langevin"]
 _AKMA_TIME_FS = 48.88821  # the unit of time in a DCD header
 
@@ -119,7 +121,7 @@ def ase_bead_dynamics(
             friction = friction_per_ps / (1e3 * units.fs)
             dynamics = _DRIVERS[driver](atoms, timestep_fs * units.fs, temperature_K, friction, rng)
             n_here = min(saves_per_chunk, n_saves - first)
-            _write_atomically(path, **_run(dynamics, n_here, save_every, len(beads)))
+            write_npz(path, _run(dynamics, n_here, save_every, len(beads)))
         with np.load(path) as stored:
             positions, momenta = stored["positions"], stored["momenta"]
             frames.append(stored["frames"])
@@ -197,14 +199,6 @@ def _check_settings(path: Path, settings: dict) -> None:
             f"{path.parent} holds a run with other arguments ({'; '.join(other)}); choose an "
             "empty directory, or delete this one"
         )
-
-
-def _write_atomically(path: Path, **arrays: np.ndarray) -> None:
-    """Write an npz file that either is complete or doesn't exist."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(partial, path)
 
 
 def write_dcd(path: str | os.PathLike[str], frames: np.ndarray, interval_fs: float) -> None:

@@ -5,13 +5,18 @@ from itertools import product
 import numpy as np
 import torch
 
-from ccg_ase import CGMap, ForceField, Topology
+from ccg_ase import CGCalculator, CGMap, ForceField, Topology
 from ccg_ase.prior import TERMS
 
 CUBE = np.diag([13.0, 14.0, 15.0])
 SKEWED = np.array([[13.0, 0, 0], [4, 14, 0], [-3, 5, 12]])
 SMALL = np.array([[5.5, 0, 0], [1, 6, 0], [-1, 2, 5]])  # faces closer than the cut-off
 CUTOFF_A = 6.0
+
+
+def eager(force_field, dtype=torch.float64, **options):
+    """Calculator without a build: the compiled path has its own tests."""
+    return CGCalculator(force_field, dtype=dtype, compiled=False, **options)
 
 
 def map_of(*molecules):

@@ -21,16 +21,11 @@ from ase.md.nose_hoover_chain import NoseHooverChainNVT
 from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS, FIRE
-from bead_systems import speaking
+from bead_systems import eager, speaking
 
 from ccg_ase import CGCalculator, ForceField
 
 FS = units.fs
-
-
-def eager(force_field, dtype=torch.float64, **options):
-    """Without a build: the compiled path has its own tests."""
-    return CGCalculator(force_field, dtype=dtype, compiled=False, **options)
 
 
 @pytest.fixture

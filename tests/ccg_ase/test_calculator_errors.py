@@ -7,16 +7,11 @@ from ase import units
 from ase.calculators.calculator import CalculationFailed, CalculatorSetupError
 from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
-from bead_systems import speaking
+from bead_systems import eager, speaking
 
-from ccg_ase import CGCalculator, CGMap, ForceField
+from ccg_ase import CGMap, ForceField
 
 FS = units.fs
-
-
-def eager(force_field, dtype=torch.float64, **options):
-    """Without a build: the compiled path has its own tests."""
-    return CGCalculator(force_field, dtype=dtype, compiled=False, **options)
 
 
 @pytest.fixture
