@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 
 import torch
 from e3nn import o3
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from ccg_ase.blocks import Block, cut, in_blocks
 from ccg_ase.coupling import Coupling, Harmonics, dimension
 from ccg_ase.graph import MAX_BOND_CLASS
 
@@ -105,33 +105,30 @@ class Encoder(nn.Module):
         n, x = positions.shape[1], positions.permute(2, 1, 0)
         features = self.embedding[types].T[None, :, :, None].expand(-1, -1, -1, len(positions))
         features = features if start is None else features + start
-        size = n if sites_per_block is None else min(sites_per_block, n)
-        firsts = range(0, n, size)
-        cuts = [0, edges.shape[1]]
-        if len(firsts) > 1:
-            cuts = torch.searchsorted(edges[1], torch.tensor([*firsts, n]).to(edges)).tolist()
-        spans = [slice(*ends) for ends in pairwise(cuts)]
+        blocks = cut(edges, n, sites_per_block)
 
-        def geometry(own: slice) -> tuple[Tensor, Tensor]:
-            shift = None if shifts is None else shifts[own]
-            return self._geometry(x, types, edges[:, own], bonded[own], shift)
+        def geometry(block: Block, x: Tensor, shifts: Tensor | None) -> tuple[Tensor, Tensor]:
+            sites = types if block.sites is None else types[block.sites]
+            return self._geometry(x, sites, block.edges, bonded[block.own], shifts)
 
-        def block(k: int, old: Tensor, first: int, own: slice, *known: Tensor) -> Tensor:
-            known = known or geometry(own)
-            return self._advance(k, old, edges[:, own], *known, first, min(size, n - first))
-
-        if len(firsts) > 1 and not self.embedding.requires_grad:
+        if len(blocks) > 1 and not self.embedding.requires_grad:
             # Nothing is trained: what is kept for the gradient grows with sites, not with edges.
-            again = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            known = [()] * len(spans)
-        else:
-            again, known = block, [geometry(own) for own in spans]
+            def work(k: int, block: Block, x: Tensor, old: Tensor, shifts: Tensor | None) -> Tensor:
+                return self._advance(k, old, block, *geometry(block, x, shifts))
+
+            for k in range(len(self.layers)):
+                features = in_blocks(partial(work, k), blocks, x, features, shifts)
+            return features
+        known = [
+            geometry(block, block.take(x), None if shifts is None else shifts[block.own])
+            for block in blocks
+        ]
         for k in range(len(self.layers)):
             parts = [
-                again(k, features, first, own, *angular)
-                for first, own, angular in zip(firsts, spans, known, strict=True)
+                self._advance(k, block.take(features), block, *angular)
+                for block, angular in zip(blocks, known, strict=True)
             ]
-            features = torch.cat(parts, dim=2)
+            features = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return features
 
     def _geometry(
@@ -150,20 +147,13 @@ class Encoder(nn.Module):
         return harmonics, self.radial(r, inverse_r, types[source], types[target], bonded)
 
     def _advance(
-        self,
-        k: int,
-        features: Tensor,
-        edges: Tensor,
-        harmonics: Tensor,
-        hidden: Tensor,
-        first: int,
-        sites: int,
+        self, k: int, features: Tensor, block: Block, harmonics: Tensor, hidden: Tensor
     ) -> Tensor:
-        """Return the features that layer k gives to so many sites from the first on."""
-        layer, (source, target) = self.layers[k], edges
+        """Return the features that layer k gives to the block's own sites."""
+        layer, (source, target) = self.layers[k], block.edges
         weights = self.radial.weights(k, hidden)
-        summed = layer.messages(features, harmonics, weights, source, target - first, sites)
-        return layer(features[:, :, first : first + sites], summed)
+        summed = layer.messages(features, harmonics, weights, source, target, block.n)
+        return layer(features[:, :, : block.n], summed)
 
     def forward(self, positions: Tensor, types: Tensor, edges: Tensor, bonded: Tensor) -> Tensor:
         """Encode a batch of replicas of one system.

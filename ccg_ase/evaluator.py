@@ -18,6 +18,7 @@ from ccg_ase.threads import one_thread
 from ccg_ase.tracing import being_compiled
 
 _COINCIDENT_A = 1e-6
+_EDGES_IN_CACHE = 1536
 
 
 class Evaluation(NamedTuple):
@@ -82,6 +83,13 @@ class Evaluator:
         self._eager = _Kernel(self.force_field)
         self._compiled = compiled and self.device.type == "cpu"
         self._kernels: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
+        # Compiled code on static edges is fastest where its messages stay in the cache.
+        n_edges = len(self.force_field.graph.bonded)
+        self._portion = replicas
+        if self._compiled and n_edges:
+            self._portion = min(
+                replicas, 2 ** max(0, (_EDGES_IN_CACHE // n_edges).bit_length() - 1)
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": {}}  # machine code stays on its machine
@@ -103,13 +111,15 @@ class Evaluator:
         """
         inputs = self._inputs(beads, box)
         with one_thread():
-            kernel = self._kernels.get(len(inputs)) or self._build(inputs)
-            energies, forces, *virial = kernel(*inputs)
+            if box is None and self._portion < len(beads):
+                energies, forces, *virial = self._in_portions(inputs)
+            else:
+                energies, forces, *virial = self._kernel(inputs)(*inputs)
         stress = None
         if virial:
             volume = torch.linalg.det(box.to(self.device, torch.float64)).abs()
-            stress = virial[0].double() / volume[..., None, None]
-        return Evaluation(energies.double(), forces.double(), stress)
+            stress = virial[0] / volume[..., None, None]
+        return Evaluation(energies, forces, stress)
 
     def members(self, beads: Tensor, box: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return energies and forces of every member alone, in eV and eV/Å, float64.
@@ -150,20 +160,32 @@ class Evaluator:
             )
 
     def _inputs(self, beads: Tensor, box: Tensor | None) -> tuple[Tensor, ...]:
-        """Tensors for a kernel, centred or wrapped so that float32 loses no digits far out."""
+        """Tensors for a kernel: float64 beads, in a box wrapped into it, and their edges."""
         ff = self.force_field
         beads = beads.detach().to(self.device, torch.float64)
         if box is None:
-            beads = near_origin(beads, None).to(ff.dtype)
             if ff.graph.is_static(None):
                 return (beads, *self._thermal)
-            index, bonded, _ = ff.graph.search(beads, None)
+            index, bonded, _ = ff.graph.search(near_origin(beads, None).to(ff.dtype), None)
             return (beads, index, bonded, *self._thermal)
-        box = box.detach().to(self.device, torch.float64).expand(len(beads), 3, 3)
-        beads = near_origin(beads, box).to(ff.dtype)
-        box = box.to(ff.dtype).contiguous()
-        index, bonded, images = ff.graph.search(beads, box)
+        box = box.detach().to(self.device, torch.float64).expand(len(beads), 3, 3).contiguous()
+        beads = near_origin(beads, box)
+        index, bonded, images = ff.graph.search(beads.to(ff.dtype), box.to(ff.dtype))
         return (beads, index, bonded, images, box, *self._thermal)
+
+    def _in_portions(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Evaluate so many frames at a time as the processor's cache holds."""
+        n = len(inputs[0])
+        missing = -n % self._portion
+        if missing:
+            inputs = tuple(torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) for x in inputs)
+        portions = list(zip(*(x.split(self._portion) for x in inputs), strict=True))
+        kernel = self._kernel(portions[0])
+        parts = zip(*(kernel(*portion) for portion in portions), strict=True)
+        return [torch.cat(part)[:n] for part in parts]
+
+    def _kernel(self, inputs: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, ...]]:
+        return self._kernels.get(len(inputs)) or self._build(inputs)
 
     def _build(self, inputs: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, ...]]:
         if not self._compiled or any(0 in x.shape for x in inputs):
@@ -174,12 +196,17 @@ class Evaluator:
         kernel = compile_ahead(
             self._eager, inputs, (None, *edges[:n_edges], *rest), label="the force field"
         )
+        if kernel is self._eager:
+            self._portion = self.replicas
         self._kernels[len(inputs)] = kernel
         return kernel
 
 
 class _Kernel(nn.Module):
-    """Energies, forces, and in a box the virial, as a function of nothing but tensors."""
+    """Energies, forces, and in a box the virial, as a function of nothing but tensors.
+
+    Floating numbers come and go in float64, whatever the force field calculates in.
+    """
 
     def __init__(self, force_field: ForceField):
         super().__init__()
@@ -194,7 +221,9 @@ class _Kernel(nn.Module):
         ff = self.force_field
         thermal = rest[-1] if len(rest) in (1, 3, 5) else None
         rest = rest if thermal is None else rest[:-1]
-        beads = beads.detach().requires_grad_()
+        if len(rest) < 4:  # float32 loses no digits far out
+            beads = near_origin(beads, None)
+        beads = beads.detach().to(ff.dtype).requires_grad_()
         if not rest:
             edges = Edges(ff.graph.index, ff.graph.bonded)
             return ff.on_edges(beads, edges, None, thermal), (beads,)
@@ -203,6 +232,7 @@ class _Kernel(nn.Module):
             edges = ff.graph.united(*rest, None, None, blocks)
             return ff.on_edges(beads, edges, None, thermal), (beads,)
         *found, box = rest
+        box = box.to(ff.dtype)
         strain = torch.zeros_like(box).requires_grad_()
         deform = torch.eye(3).to(box) + strain
         edges = ff.graph.united(*found, box @ deform, blocks)
@@ -216,4 +246,4 @@ class _Kernel(nn.Module):
             gradient, *virial = torch.autograd.grad([sites.sum()], variables)
         # The antisymmetric part is a rotation, by which the energy doesn't change.
         virial = [0.5 * (v + v.mT) for v in virial]
-        return sites.detach(), -gradient, *virial
+        return tuple(found.detach().double() for found in (sites, -gradient, *virial))

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, fx, nn
 
-_MULTIPLICATIONS_AT_MOST = 400_000  # of a matrix product that is faster without a library
+_MULTIPLICATIONS_AT_MOST = 2_000_000  # of a matrix product that is faster without a library
+_ROWS = 8  # of a product, at most, that share every number they read of the other factor
 _FEW_PLACES = 32  # that sums are written out for
 _aten = torch.ops.aten
 # Moving no data: a compiler does these better than a stored result would.
@@ -173,13 +174,17 @@ def _sum_rather_than_scatter(graph: fx.GraphModule) -> None:
         order, shape = places.argsort(stable=True), list(_shape(values))
         call = graph.graph.call_function
         with graph.graph.inserting_before(node):
-            if counts.min() == counts.max():
-                if (order.diff() != 1).any():
-                    sort = (values, dim, _store(graph, order))
-                    values = call(_aten.index_select.default, sort)
+            if counts.min() == counts.max() and (order.diff() == 1).all():
                 shape[dim : dim + 1] = [n, len(order) // n]
                 values = call(_aten.reshape.default, (values, shape))
                 _replace(node, call(_aten.sum.dim_IntList, (values, [dim + 1])))
+            elif counts.min() == counts.max():
+                # Not a sum of a dimension of what is sorted: inner loops would be over that one.
+                total = None
+                for own in order.view(n, -1).T:
+                    part = call(_aten.index_select.default, (values, dim, _store(graph, own)))
+                    total = part if total is None else call(_aten.add.Tensor, (total, part))
+                _replace(node, total)
             elif len(places) <= _FEW_PLACES and counts.min() > 0:
                 parts = [call(_aten.select.int, (values, dim, k)) for k in range(len(places))]
                 sums = []
@@ -209,12 +214,22 @@ def _write_out_small_products(graph: fx.GraphModule) -> None:
             call, ndim = graph.graph.call_function, len(_shape(left))
             left = call(_aten.unsqueeze.default, (left, ndim))
             right = call(_aten.unsqueeze.default, (right, ndim - 2))
-            new = call(_aten.mul.Tensor, (left, right))
-            new = call(_aten.sum.dim_IntList, (new, [ndim - 1]))
+            parts = []
+            for own in _spans(sizes[-3]):
+                rows = call(_aten.slice.Tensor, (left, ndim - 2, *own))
+                part = call(_aten.mul.Tensor, (rows, right))
+                parts.append(call(_aten.sum.dim_IntList, (part, [ndim - 1])))
+            new = parts[0] if len(parts) == 1 else call(_aten.cat.default, (parts, ndim - 2))
             if bias:
                 new = call(_aten.add.Tensor, (new, *bias))
         _replace(node, new)
     graph.graph.eliminate_dead_code()
+
+
+def _spans(size: int) -> list[tuple[int, int]]:
+    """Cut a dimension into equal parts, as many as registers hold sums of."""
+    n = max(k for k in range(1, _ROWS + 1) if size % k == 0)
+    return [(k * size // n, (k + 1) * size // n) for k in range(n)]
 
 
 def _name_constants(graph: fx.GraphModule) -> None:

@@ -44,13 +44,13 @@ from ccg_training.relative_entropy import RelativeEntropySettings, minimise_rela
 KT = thermal_energy(300.0)
 SIZES = (  # what differs from the defaults
     {},
-    {"channels": 8},
-    {"l_max": 0},
-    {"l_max": 2},
-    {"n_layers": 1},
-    {"channels": 32},
     {"n_radial": 4},
+    {"channels": 8},
+    {"n_layers": 1},
+    {"l_max": 0},
+    {"channels": 32},
     {"n_radial": 16},
+    {"l_max": 2},
     {"channels": 4},
 )
 

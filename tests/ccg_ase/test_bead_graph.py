@@ -52,17 +52,21 @@ def test_both_routes_give_the_same(cutoff_A, monkeypatch):
     close(a, b)
 
 
-def test_working_in_blocks_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("trained", [True, False])
+def test_working_in_blocks_changes_nothing(monkeypatch, trained):
+    """Nor for the gradient, which blocks add up by themselves where nothing is trained."""
     encoder, graph = system()
-    x, box = frames().requires_grad_(), SKEWED.expand(2, 3, 3)
+    encoder.requires_grad_(trained)
+    x = frames().requires_grad_()
+    box = SKEWED.expand(2, 3, 3).clone().requires_grad_()
     results = []
     for edges_per_block in (1, 50, 8192):  # a block for each site, several blocks, one block
         monkeypatch.setattr(bead_graph, "_EDGES_PER_BLOCK", edges_per_block)
         features = graph.features(encoder, x, box)
-        results.append((features, torch.autograd.grad((features**2).sum(), x)[0]))
-    for features, gradient in results[:-1]:
-        close(features, results[-1][0], atol=1e-12)
-        close(gradient, results[-1][1], atol=1e-12)
+        results.append((features, *torch.autograd.grad((features**2).sum(), (x, box))))
+    for blocks in results[:-1]:
+        for found, expected in zip(blocks, results[-1], strict=True):
+            close(found, expected, atol=1e-12)
 
 
 def test_a_wide_box_is_open_space():

@@ -181,3 +181,22 @@ def test_refuses():
     ranged, _ = system((4, 1), temperatures_K=(280, 350))
     with pytest.raises(ValueError, match="wrong at 279 K"):
         eager(ranged, 2, temperature_K=torch.tensor([300.0, 279.0]))
+
+
+def test_frames_are_evaluated_in_portions_that_fit_the_cache(monkeypatch):
+    """37 frames of 10 beads: portions of 16, the last one filled up; each frame is as alone."""
+    force_field, frames = system((4, 2), (2, 1), temperatures_K=(280, 350), n_layers=1)
+    frames = torch.cat([frames] * 40)[:37] + 0.1 * torch.arange(37)[:, None, None]
+    frames = frames + 0.01 * torch.randn_like(frames)
+    T = torch.linspace(281, 349, 37, dtype=torch.float64)
+    sizes = []
+
+    def compiled(kernel, example, dynamic, *, label):
+        return lambda *inputs: sizes.append(len(inputs[0])) or kernel(*inputs)
+
+    monkeypatch.setattr("ccg_ase.evaluator.compile_ahead", compiled)
+    found = Evaluator(force_field, 37, temperature_K=T, dtype=torch.float64)(frames)
+    assert sizes == [16, 16, 16]
+    expected = eager(force_field, 37, temperature_K=T)(frames)
+    close(found.energies, expected.energies)
+    close(found.forces, expected.forces)
