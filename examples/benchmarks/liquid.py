@@ -132,8 +132,12 @@ def run(args: argparse.Namespace, system: systems.System) -> None:
             said = dynamics.n_steps // 20_000
             off = np.abs(total / n - reference) / reference.max()
             per_step = (time.perf_counter() - start) / dynamics.n_steps * 1e3
-            print(f"{dynamics.n_steps} steps: g(r) off by {off.max():.3f} of its peak at most, at "
-                  f"{(off.argmax() + 0.5) * WIDTH_A:.2f} Å, {per_step:.1f} ms per step", flush=True)  # fmt: skip
+            at_A = (off.argmax() + 0.5) * WIDTH_A
+            print(
+                f"{dynamics.n_steps} steps: g(r) off by {off.max():.3f} of its peak at most, at "
+                f"{at_A:.2f} Å, {per_step:.1f} ms per step",
+                flush=True,
+            )
 
 
 def main() -> None:
