@@ -59,6 +59,7 @@ def fit(args: argparse.Namespace, system: systems.System) -> None:
         boxes=boxes,
         channels=args.channels,
         n_layers=args.layers,
+        n_radial=args.radial,
         cutoff_A=args.cutoff,
     )
     labels = Labels.from_forces(beads, forces, boxes=boxes)
@@ -153,6 +154,7 @@ def main() -> None:
             command.add_argument("--steps", type=int, default=2500)
             command.add_argument("--channels", type=int, default=8)
             command.add_argument("--layers", type=int, default=1)
+            command.add_argument("--radial", type=int, default=8)
             command.add_argument("--cutoff", type=float, default=8.0)
         elif work is refine:
             command.add_argument("--rounds", type=int, default=15)
