@@ -43,10 +43,14 @@ def radial_distribution(frames: np.ndarray, box: np.ndarray, reach_A: float = 9.
     return counts / (len(frames) * len(i) / np.prod(box) * shells)
 
 
+def all_beads(system: systems.System) -> np.ndarray:
+    """Return the beads of all frames in time order, (N, n, 3), in Å."""
+    return system.cg_map.apply(np.concatenate([system.data.positions, system.held_out.positions]))
+
+
 def fit(args: argparse.Namespace, system: systems.System) -> None:
     """Fit to the forces on the centres of mass; a tenth of the frames is held out, the last."""
-    frames = system.data.positions, system.held_out.positions
-    beads = system.cg_map.apply(np.concatenate(frames))
+    beads = all_beads(system)
     forces = ForceMap.slices(system.cg_map).apply(
         np.concatenate([system.data.forces, system.held_out.forces])
     )
@@ -83,7 +87,7 @@ def refine(args: argparse.Namespace, system: systems.System) -> None:
     few molecules can tell: any gain counts, and a rejection halves the steps.
     """
     force_field = ForceField.from_model(load_model(args.model))
-    beads = system.cg_map.apply(np.concatenate([system.data.positions, system.held_out.positions]))
+    beads = all_beads(system)
     box = np.diag(system.box)
     start = time.process_time()
     figures = minimise_relative_entropy(
@@ -113,7 +117,7 @@ def run(args: argparse.Namespace, system: systems.System) -> None:
     """Run bead dynamics at constant volume and compare g(r) with that of the atoms."""
     force_field = ForceField.from_model(load_model(args.model))
     box = np.asarray(system.box)
-    beads = system.cg_map.apply(np.concatenate([system.data.positions, system.held_out.positions]))
+    beads = all_beads(system)
     blocks = [radial_distribution(part, box) for part in np.array_split(beads, BLOCKS)]
     reference = np.mean(blocks, axis=0)
     error = np.std(blocks, axis=0, ddof=1).max() / np.sqrt(BLOCKS)
