@@ -10,12 +10,15 @@ import hashlib
 import logging
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -46,6 +49,18 @@ _OPTIONS = {
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # of an output's greatest number
 _STACK_AT_MOST = 2**20  # bytes; threads have 8 MB
 _MOST = 2**31 - 1
+_BUILD = 2  # counts changes of what the compiler is told beside its options
+_TRIAL = """
+import sys
+import torch
+from torch._inductor import aoti_load_package, codecache
+
+package = aoti_load_package(sys.argv[1])
+values, example = torch.load(sys.argv[2])
+constants = {name: values[name] for name in package.get_constant_fqns()}
+package.load_constants(constants, check_full_update=True)
+package.loader.boxed_run(example)
+"""
 _told: set[str] = set()
 
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -180,6 +195,7 @@ def _cached(
         start = time.monotonic()
         _LOG.warning("compiling %s for this machine, once: a minute or more", label)
         path = _built(graph, example, dynamic, directory / "built.pt2")
+        _try_apart(path, graph, example)
         run = _loaded(path, graph, example, reference)
         _LOG.info("compiled %s in %.0f s", label, time.monotonic() - start)
         return path, run
@@ -214,7 +230,7 @@ def _key(
         (x.dtype, [(dims or {}).get(dim, size) for dim, size in enumerate(x.shape)])
         for x, dims in zip(example, dynamic, strict=True)
     ]
-    options = (_OPTIONS, _STACK_AT_MOST, torch.__version__)
+    options = (_BUILD, _OPTIONS, _STACK_AT_MOST, torch.__version__)
     machine = (platform.machine(), platform.system(), platform.libc_ver(), _cpu())
     machine += (torch.backends.cpu.get_cpu_capability(),)
     parts = (graph.code, constants, inputs, dynamic, options, machine)
@@ -238,6 +254,7 @@ def _built(
 ) -> Path:
     """Compile a graph into a file."""
     from torch._inductor import aoti_compile_and_package, config
+    from torch._inductor.codegen import cpp
     from torch._inductor.codegen import cpp_wrapper_cpu_array_ref as wrapper
 
     names = {name for dims in dynamic if dims for name in dims.values()}
@@ -246,9 +263,45 @@ def _built(
     program = torch.export.export(graph, example, dynamic_shapes=shapes if names else None)
     # For small graphs half of a call went into allocating some seventy tensors on the heap.
     limit = mock.patch.object(wrapper, "MAX_STACK_ALLOCATION_SIZE", _STACK_AT_MOST)
-    with config.patch(_OPTIONS), limit:
+    aggregate = _narrow_at_the_end(cpp.CppKernelProxy.aggregate_reduction_buffers)
+    stores = mock.patch.object(cpp.CppKernelProxy, "aggregate_reduction_buffers", aggregate)
+    with config.patch(_OPTIONS), limit, stores:
         aoti_compile_and_package(program, package_path=str(path))
     return path
+
+
+def _narrow_at_the_end(aggregate: Callable[..., None]) -> Callable[..., None]:
+    """Mend how inductor chooses stores after a sum: whole vectors went past a buffer's end.
+
+    Where the tiled dimension of the results and that of the sum aren't neighbours, it takes the
+    sum for none: https://github.com/pytorch/pytorch/pull/196882, open in November 2026.
+    """
+
+    def choose(proxy: Any, inner_is_sum: bool, outer_loop: Any) -> None:
+        tiles = getattr(proxy.kernels[0], "tiling_indices", ())
+        if len(tiles) == 2:
+            outer, inner = (proxy.loop_nest.loops[k].is_reduction for k in tiles)
+            inner_is_sum = inner and not outer
+        aggregate(proxy, inner_is_sum, outer_loop)
+
+    return choose
+
+
+def _try_apart(path: Path, graph: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
+    """Run new code in a process of its own: were it to crash, the user's would be lost.
+
+    Raises
+    ------
+    RuntimeError
+        If it fails there.
+    """
+    data = path.with_suffix(".example")
+    torch.save((dict(graph.named_buffers()), list(example)), data)
+    command = [sys.executable, "-c", _TRIAL, str(path), str(data)]
+    trial = subprocess.run(command, capture_output=True, text=True)
+    if trial.returncode:
+        said = trial.stderr.strip().splitlines() or [f"exit status {trial.returncode}"]
+        raise RuntimeError(f"compiled code crashed in a trial: {said[-1]}")
 
 
 def _loaded(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 _MULTIPLICATIONS_AT_MOST = 2_000_000  # of a matrix product that is faster without a library
-_MULTIPLICATIONS_OF_DYNAMIC = 400_000  # the same, where sizes vary
 _ROWS = 8  # of a product, at most, that share every number they read of the other factor
 _FEW_PLACES = 32  # that sums are written out for
 _aten = torch.ops.aten
@@ -72,11 +71,7 @@ def traced(
         graph = make_fx(kernel, decomposition_table=table)(*inputs)
     _fold(graph)
     _sum_rather_than_scatter(graph)
-    # With sizes that vary, code for products by rows has written past the end of its buffers.
-    if any(dynamic):
-        _write_out_small_products(graph, _MULTIPLICATIONS_OF_DYNAMIC, 1)
-    else:
-        _write_out_small_products(graph, _MULTIPLICATIONS_AT_MOST, _ROWS)
+    _write_out_small_products(graph)
     _name_constants(graph)
     graph.recompile()
     return graph
@@ -203,7 +198,7 @@ def _sum_rather_than_scatter(graph: fx.GraphModule) -> None:
     graph.graph.eliminate_dead_code()
 
 
-def _write_out_small_products(graph: fx.GraphModule, at_most: int, rows: int) -> None:
+def _write_out_small_products(graph: fx.GraphModule) -> None:
     """Turn small matrix products into sums of products, which fuse with their neighbours."""
     for node in list(graph.graph.nodes):
         if node.target not in (_aten.mm.default, _aten.bmm.default, _aten.addmm.default):
@@ -213,14 +208,14 @@ def _write_out_small_products(graph: fx.GraphModule, at_most: int, rows: int) ->
         # A size that varies between calls is no int.
         if not all(isinstance(size, int) for size in sizes) or node.kwargs:
             continue
-        if math.prod(sizes) > at_most:
+        if math.prod(sizes) > _MULTIPLICATIONS_AT_MOST:
             continue
         with graph.graph.inserting_before(node):
             call, ndim = graph.graph.call_function, len(_shape(left))
             left = call(_aten.unsqueeze.default, (left, ndim))
             right = call(_aten.unsqueeze.default, (right, ndim - 2))
             parts = []
-            for own in _spans(sizes[-3], rows):
+            for own in _spans(sizes[-3], _ROWS):
                 some = call(_aten.slice.Tensor, (left, ndim - 2, *own))
                 part = call(_aten.mul.Tensor, (some, right))
                 parts.append(call(_aten.sum.dim_IntList, (part, [ndim - 1])))

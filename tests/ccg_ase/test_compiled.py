@@ -305,3 +305,28 @@ def test_traced_encoder_is_the_encoder_without_scatter_or_small_products(dynamic
     aten = torch.ops.aten
     unwanted = (aten.index_add, aten.mm, aten.bmm, aten.addmm)
     assert not called & {operation.default for operation in unwanted}
+
+
+class Tiles(nn.Module):
+    """Products of 3 x n with n x 3, whose code inductor lets write past a buffer's end."""
+
+    def forward(self, a, b, other):
+        forces = (a + b).permute(2, 1, 0)
+        left, right = other.mT.unsqueeze(-1), forces.permute(1, 0, 2).contiguous().unsqueeze(1)
+        rows = [(left[:, k : k + 1] * right).sum(2) for k in range(3)]
+        return torch.cat(rows, 1), forces.contiguous()
+
+
+def test_sums_in_tiles_are_stored_inside_their_buffer(tmp_path, monkeypatch):
+    monkeypatch.setenv("CCG_CACHE", str(tmp_path))
+    kernel, example = Tiles(), [torch.randn(3, 8, 125), torch.randn(3, 8, 125)]
+    example.append(torch.randn(8, 125, 3))
+    assert compiled.compile_ahead(kernel, tuple(example), label="tiles") is not kernel
+
+
+def test_code_that_crashes_does_so_in_another_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("CCG_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled, "_TRIAL", "import os; os.abort()")
+    kernel = Wave()
+    with pytest.warns(RuntimeWarning, match="crashed in a trial: exit status -6"):
+        assert compiled.compile_ahead(kernel, inputs(), label="a crash") is kernel
