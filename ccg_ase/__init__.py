@@ -26,6 +26,7 @@ _HOME = {
     "Prior": "prior",
     "Topology": "topology",
     "TorsionMap": "torsion_map",
+    "bead_energies": "energies",
     "bead_force": "openmm_force",
     "bead_system": "openmm_force",
     "fit_prior": "prior_fit",

@@ -14,6 +14,7 @@ import torch
 from ase import Atoms
 from scipy.sparse import coo_array, csr_array
 
+from ccg_ase.force_map import plain_force_matrix
 from ccg_ase.topology import Topology
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -142,7 +143,7 @@ class CGMap:
             raise ValueError(f"{len(names)} bead names given for {n_beads} beads")
         per_atom = np.bincount(atom_index, weights, minlength=len(atoms))
         shares = atoms.masses[atom_index] * weights / per_atom[atom_index]
-        first = [int(atom_index[np.argmax(bead_index == bead)]) for bead in range(n_beads)]
+        first = atom_index[np.unique(bead_index, return_index=True)[1]]
         beads = Topology(
             names=tuple(names if names is not None else (atoms.names[i] for i in first)),
             masses=np.bincount(bead_index, shares),
@@ -177,6 +178,17 @@ class CGMap:
         """M as a sparse matrix, shape (n_beads, n_atoms)."""
         entries = (self.weights, (self.bead_index, self.atom_index))
         return coo_array(entries, shape=(self.n_beads, self.n_atoms)).tocsr()
+
+    @cached_property
+    def force_matrix(self) -> csr_array:
+        """B of `apply_forces` as a sparse matrix, shape (n_beads, n_atoms); B Mᵀ = 1.
+
+        Raises
+        ------
+        ValueError
+            If a bead has no atom to itself.
+        """
+        return plain_force_matrix(self, np.arange(self.n_atoms))
 
     @cached_property
     def kind(self) -> Literal["slice", "mass", "geometry", "general"]:
@@ -237,44 +249,57 @@ class CGMap:
         Array
             Bead positions in Å, shape (..., n_beads, 3), same kind and dtype.
         """
-        self._check_sites(positions)
-        if self.kind == "slice":
-            return positions[..., self.bead_atoms, :]
-        gathered = positions[..., self.atom_index, :]
-        if isinstance(positions, torch.Tensor):
-            weights = torch.tensor(self.weights, dtype=positions.dtype, device=positions.device)
-            rows = torch.tensor(self.bead_index, device=positions.device)
-            beads = gathered.new_zeros(*positions.shape[:-2], self.n_beads, 3)
-            return beads.index_add(-2, rows, gathered * weights[:, None])
-        starts = np.searchsorted(self.bead_index, np.arange(self.n_beads))
-        beads = np.add.reduceat(gathered * self.weights[:, None], starts, axis=-2)
-        return beads.astype(positions.dtype)
+        return self._sums(positions, self.bead_index, self.atom_index, self.weights)
 
     def difference(self, a: Array, b: Array) -> Array:
         """Return ``a - b`` of two sets of beads; angles of a `TorsionMap` differ by less than π."""
         return a - b
 
     def apply_forces(self, forces: Array) -> Array:
-        """Return the forces on the bead atoms of a slice map, (..., n_beads, 3) in eV/Å.
+        """Map forces on atoms to forces on beads, the sums over the atoms that only a bead has.
+
+        A slice bead has the force on its atom. Each result is an unbiased, noisy value of the mean
+        force -∂F/∂s if no bonds are rigid, and exact if the potential depends on the beads only.
+
+        Parameters
+        ----------
+        forces
+            Forces on atoms in eV/Å, or any unit, shape (..., n_atoms, 3), array or tensor.
+
+        Returns
+        -------
+        Array
+            Forces on beads, shape (..., n_beads, 3), same unit, kind and dtype.
 
         Raises
         ------
-        NotImplementedError
-            For other kinds: there, a bead's force depends on a choice that this call can't make.
+        ValueError
+            If a bead has no atom to itself: its force depends on a choice that this call can't
+            make.
         """
-        if self.kind != "slice":
-            raise NotImplementedError(
-                f"bead forces of a '{self.kind}' map aren't supported; use a slice map"
-            )
-        self._check_sites(forces)
-        return forces[..., self.bead_atoms, :]
+        entries = self.force_matrix.tocoo()
+        return self._sums(forces, entries.row, entries.col, entries.data)
 
-    def _check_sites(self, values: Array) -> None:
+    def _sums(
+        self, values: Array, bead: np.ndarray, atom: np.ndarray, weights: np.ndarray
+    ) -> Array:
+        """Add up weighted atoms (..., n_atoms, 3) for each bead; entries are sorted by bead."""
         if tuple(values.shape[-2:]) != (self.n_atoms, 3):
             raise ValueError(
                 f"expected shape (..., {self.n_atoms}, 3) for the atoms of this map, "
                 f"got {tuple(values.shape)}"
             )
+        if self.kind == "slice":
+            return values[..., self.bead_atoms, :]
+        gathered = values[..., atom, :]
+        if isinstance(values, torch.Tensor):
+            weights = torch.tensor(weights, dtype=values.dtype, device=values.device)
+            rows = torch.tensor(bead, device=values.device)
+            beads = gathered.new_zeros(*values.shape[:-2], self.n_beads, 3)
+            return beads.index_add(-2, rows, gathered * weights[:, None])
+        starts = np.searchsorted(bead, np.arange(self.n_beads))
+        beads = np.add.reduceat(gathered * weights[:, None], starts, axis=-2)
+        return beads.astype(values.dtype)
 
     def to_ase(self, positions: np.ndarray) -> Atoms:
         """Return the beads as ASE Atoms, with masses, names and this map's fingerprint.

@@ -9,7 +9,7 @@ from MDAnalysis.lib.mdamath import triclinic_box
 
 from ccg_ase.bead_frames import BeadFrames
 from ccg_ase.mapping import CGMap
-from ccg_mda.universe import bead_universe
+from ccg_mda.bead_sources import bead_universe
 
 
 class BeadWriter:

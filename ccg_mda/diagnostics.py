@@ -18,10 +18,8 @@ from .internals import measured, term_name
 from .potential import Potential
 from .structure import StructureReference, check_structure
 from .structure_report import StructureReport
-from .weights import effective_sample_size, pareto_k
+from .weights import PARETO_LIMIT, effective_sample_size, pareto_k
 
-PARETO_LIMIT = 0.7
-"""Above this tail shape a few samples rule (Vehtari et al. 2024)."""
 _MOST_ATOMS = 5_000_000  # atoms of all checked samples together, which bounds the memory
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from MDAnalysis import AtomGroup, Universe
-from MDAnalysis.coordinates.base import ProtoReader
+from MDAnalysis.coordinates.base import ProtoReader, WriterBase
+from MDAnalysis.coordinates.core import writer
 from MDAnalysis.coordinates.timestep import Timestep
 
 from ccg_ase.mapping import CGMap
+from ccg_mda.whole_beads import WholeBeads
 
 
 class MappedReader(ProtoReader):
@@ -74,9 +77,11 @@ class MappedReader(ProtoReader):
             )
         if n_atoms not in (None, self.n_atoms):
             raise ValueError(f"topology has {n_atoms} sites, the CGMap presents {self.n_atoms}")
+        trajectory = getattr(source.universe, "trajectory", ())
+        if len(trajectory) == 0:
+            raise ValueError("the given Universe has no frames; load a trajectory into it first")
         self._ix = source.atoms.ix.copy()
-        self._source = source.universe.trajectory.copy()
-        self.filename = source.universe.trajectory.filename
+        self._source, self.filename = trajectory.copy(), trajectory.filename
         self.n_frames = len(self._source) * self.n_samples
         self.ts = Timestep(self.n_atoms)
         self._read_frame(0)
@@ -111,6 +116,22 @@ class MappedReader(ProtoReader):
 
     def _get_dt(self) -> float:
         return self._source.ts.dt
+
+    def Writer(self, filename: str, n_atoms: int | None = None, **kwargs: Any) -> WriterBase:
+        """Return a writer of the format that the name of the file tells; default all sites."""
+        return writer(filename, n_atoms=self.n_atoms if n_atoms is None else n_atoms, **kwargs)
+
+    def next_as_aux(self, auxname: str) -> Timestep:
+        """Move to the next frame that has a step of the auxiliary within its cutoff.
+
+        MDAnalysis counts frames by their times instead, which samples of one bead frame share.
+        """
+        auxiliary = self._check_for_aux(auxname)
+        cutoff = np.inf if auxiliary.cutoff is None else auxiliary.cutoff
+        ts = self.next()
+        while not any(abs(delay) <= cutoff for delay in auxiliary.frame_data):
+            ts = self.next()
+        return ts
 
     @property
     def totaltime(self) -> float:
@@ -147,6 +168,13 @@ class BeadReader(MappedReader):
     sample index runs fastest. Every atom sits at the bead that owns it until a transformation
     places it. Time, box and the other data are those of the bead frame.
 
+    Parameters
+    ----------
+    source, n_atoms, cg_map, n_samples
+        See `MappedReader`.
+    atoms
+        Indices of the atoms to present; default all of the map.
+
     Example
     -------
     ::
@@ -157,13 +185,26 @@ class BeadReader(MappedReader):
 
     format = "CCG_BEADS"
 
+    def __init__(
+        self,
+        source: Universe | AtomGroup,
+        n_atoms: int | None = None,
+        *,
+        atoms: np.ndarray | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._atoms = atoms
+        super().__init__(source, n_atoms, **kwargs)
+
     def _sites(self) -> tuple[int, int, str]:
-        return self.cg_map.n_beads, self.cg_map.n_atoms, "beads"
+        n_atoms = self.cg_map.n_atoms if self._atoms is None else len(self._atoms)
+        return self.cg_map.n_beads, n_atoms, "beads"
 
     def _fill(self, ts: Timestep, source: Timestep) -> None:
         beads = source.positions[self._ix]
         ts.data["beads"] = beads
-        ts.positions = beads[np.maximum(self.cg_map.owner, 0)]
+        owner = self.cg_map.owner if self._atoms is None else self.cg_map.owner[self._atoms]
+        ts.positions = beads[np.maximum(owner, 0)]
         # Forces that a transformation wrote for the previous frame aren't those of this one.
         ts.has_forces = False
 
@@ -180,9 +221,11 @@ class BeadReader(MappedReader):
 
 
 class AtomReader(MappedReader):
-    """An atomistic trajectory seen as beads: positions, velocities, and forces of slice maps.
+    """An atomistic trajectory seen as beads: positions, velocities and forces.
 
-    Molecules must be whole; put `unwrap` on the atomistic side if they aren't.
+    Where a frame has a box, atoms of one bead that it cuts apart are put side by side first
+    (`WholeBeads`); otherwise molecules must be whole. Forces are those of `CGMap.apply_forces`; a
+    map in which a bead has no atom to itself has none.
     """
 
     format = "CCG_ATOMS"
@@ -190,11 +233,26 @@ class AtomReader(MappedReader):
     def _sites(self) -> tuple[int, int, str]:
         return self.cg_map.n_atoms, self.cg_map.n_beads, "atoms"
 
+    @cached_property
+    def _whole(self) -> WholeBeads:
+        return WholeBeads(self.cg_map)
+
+    @cached_property
+    def _maps_forces(self) -> bool:
+        try:
+            self.cg_map.force_matrix  # noqa: B018 (it raises where there is none)
+        except ValueError:
+            return False
+        return True
+
     def _fill(self, ts: Timestep, source: Timestep) -> None:
-        ts.positions = self.cg_map.apply(source.positions[self._ix].astype(np.float64))
+        positions = source.positions[self._ix].astype(np.float64)
+        if source.dimensions is not None and self.cg_map.kind != "slice":
+            positions = self._whole(positions, source.dimensions)
+        ts.positions = self.cg_map.apply(positions)
         ts.has_velocities = source.has_velocities
         if source.has_velocities:
             ts.velocities = self.cg_map.apply(source.velocities[self._ix].astype(np.float64))
-        ts.has_forces = source.has_forces and self.cg_map.kind == "slice"
+        ts.has_forces = source.has_forces and self._maps_forces
         if ts.has_forces:
-            ts.forces = self.cg_map.apply_forces(source.forces[self._ix])
+            ts.forces = self.cg_map.apply_forces(source.forces[self._ix].astype(np.float64))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import MDAnalysis as mda
 import numpy as np
@@ -20,15 +20,31 @@ from MDAnalysis.lib.mdamath import triclinic_vectors
 from MDAnalysis.transformations.base import TransformationBase
 
 from ccg_ase.units import thermal_energy
+from ccg_mda.bead_sources import in_model_order
+from ccg_mda.grafting import Graft
 from ccg_mda.potential import Potential
 from ccg_mda.readers import BeadFrame, BeadReader
+from ccg_mda.relaxation import relax
 from ccg_mda.universe import require_beads, universe_from
 
 if TYPE_CHECKING:
     from ccg_mda.flow import Backmapper
 
+Transformations = Iterable[Callable[[Timestep], Timestep]]
 _KJ_MOL_PER_EV = units.mol / units.kJ
+_NO_PART = (
+    "a part of the atoms has no energy and no weight: leave out the potential, or reconstruct all "
+    "atoms and select the part afterwards"
+)
 _BLOCKS_KEPT = 4  # the first one (rewinding reads frame 0), the current one, and those of copies
+
+
+class _Atoms(NamedTuple):
+    """What a frame gets: positions in Å, forces in kJ/(mol Å) if known, and ``ts.data``."""
+
+    positions: np.ndarray
+    forces: np.ndarray | None
+    data: dict[str, float]
 
 
 @dataclass
@@ -39,7 +55,7 @@ class _Block:
     box: np.ndarray | None
     positions: np.ndarray
     log_prob: np.ndarray
-    energies: dict[int, tuple[float, np.ndarray]] = field(default_factory=dict)
+    served: dict[int, _Atoms] = field(default_factory=dict)
 
     def holds(self, row: int, beads: np.ndarray, box: np.ndarray | None) -> bool:
         """Tell whether a row was made from these beads (n_beads, 3) and this box (1, 3, 3)."""
@@ -102,13 +118,18 @@ class Backmap(TransformationBase):
         Atomistic `Potential`; called once per frame read, never ahead.
     prefetch
         Frames per call of the model. 1 is best if frames are read far apart.
+    relax
+        Steps of minimisation with the potential at fixed beads (`relaxation.relax`).
+    atoms
+        Indices of the atoms to place, if the reader doesn't present all. They are drawn with all
+        others and hence the same; there is no log_prob, since that of a part isn't known.
 
     Example
     -------
     ::
 
         u = mda.Universe("protein.pdb", u_cg, format=BeadReader, cg_map=model.cg_map,
-                         transformations=[Backmap(model), wrap(...)])
+                         transformations=[Backmap(model)])
     """
 
     def __init__(
@@ -118,6 +139,8 @@ class Backmap(TransformationBase):
         seed: int = 0,
         potential: Potential | None = None,
         prefetch: int = 16,
+        relax: int = 0,
+        atoms: np.ndarray | None = None,
     ) -> None:
         require_beads(model.cg_map)
         if potential is not None and potential.n_atoms != model.cg_map.n_atoms:
@@ -127,6 +150,14 @@ class Backmap(TransformationBase):
             )
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, got {prefetch}")
+        if relax < 0 or (relax and potential is None):
+            raise ValueError(
+                f"relax={relax} needs a potential to minimise"
+                if relax > 0
+                else f"relax is a number of steps, got {relax}"
+            )
+        if atoms is not None and potential is not None:
+            raise ValueError(_NO_PART)
         np.random.SeedSequence(seed)  # refuses what isn't a seed
         tensor = next(chain(model.parameters(), model.buffers()), torch.empty(0))
         # CUDA doesn't survive a fork.
@@ -134,7 +165,7 @@ class Backmap(TransformationBase):
         self.model = model
         self.seed = int(seed)
         self.potential = potential
-        self.prefetch = int(prefetch)
+        self.prefetch, self.relax, self.atoms = int(prefetch), int(relax), atoms
         self._device = tensor.device
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
 
@@ -154,17 +185,30 @@ class Backmap(TransformationBase):
                 f"the model gives NaN or infinity at frame {ts.frame}; its beads are probably far "
                 "from anything it was trained on"
             )
-        ts.positions = block.positions[row]
-        ts.data["log_prob"] = float(block.log_prob[row])
-        if self.potential is not None:
-            if row not in block.energies:
-                block.energies[row] = self.potential(block.positions[row])
-            energy, forces = block.energies[row]
-            ts.forces = forces * _KJ_MOL_PER_EV
-            ts.data["energy"] = float(energy)
-            kT = thermal_energy(self.model.temperature_K)
-            ts.data["log_weight"] = -ts.data["energy"] / kT - ts.data["log_prob"]
+        if row not in block.served:
+            block.served[row] = self._serve(block.positions[row], float(block.log_prob[row]))
+        served = block.served[row]
+        ts.positions = served.positions
+        if served.forces is not None:
+            ts.forces = served.forces
+        ts.data |= served.data
         return ts
+
+    def _serve(self, positions: np.ndarray, log_prob: float) -> _Atoms:
+        """Add what the potential says of a frame; frames that are only read ahead cost no call."""
+        if self.atoms is not None:
+            return _Atoms(positions[self.atoms], None, {})
+        if self.potential is None:
+            return _Atoms(positions, None, {"log_prob": log_prob})
+        if self.relax:
+            positions, energy, forces = relax(
+                self.potential, self.model.cg_map, positions, self.relax
+            )
+            return _Atoms(positions, forces * _KJ_MOL_PER_EV, {"energy": float(energy)})
+        energy, forces = self.potential(positions)
+        log_weight = -float(energy) / thermal_energy(self.model.temperature_K) - log_prob
+        data = {"log_prob": log_prob, "energy": float(energy), "log_weight": log_weight}
+        return _Atoms(positions, forces * _KJ_MOL_PER_EV, data)
 
     def _block(self, ts: Timestep) -> tuple[_Block, int]:
         """Return the block of this frame and the row in it, from the cache if it's the same."""
@@ -242,8 +286,11 @@ def backmap(
     seed: int = 0,
     potential: Potential | None = None,
     prefetch: int = 16,
+    relax: int = 0,
+    only: str | None = None,
+    rest: mda.Universe | mda.AtomGroup | None = None,
     temperature_K: float | None = None,
-    transformations: Iterable[Callable[[Timestep], Timestep]] = (),
+    transformations: Transformations | Callable[[mda.Universe], Transformations] = (),
 ) -> mda.Universe:
     """Return the atomistic Universe of a bead trajectory; atoms are placed as frames are read.
 
@@ -251,17 +298,25 @@ def backmap(
     ----------
     u_cg
         The bead Universe (`coarse_grain`, `bead_universe`, any other), or an AtomGroup of its
-        beads, in the order of ``model.cg_map``. It's copied, and stays at its frame.
+        beads. Names and residues that it knows must be the model's; another order is put right
+        (`in_model_order`). It's copied, and stays at its frame.
     model
         A `Backmapper`, or the path of a model file that holds one.
     n_samples
         Reconstructions per bead frame; frame = bead frame · n_samples + sample.
-    seed, potential, prefetch
+    seed, potential, prefetch, relax
         See `Backmap`.
+    only
+        Selection of the atoms to reconstruct, e.g. ``"resid 10:20"``. It needs no less time than
+        all atoms, but memory and files of that size. Without weights and potential.
+    rest
+        With ``only``: all atoms, from the current frame of which the others are taken (`Graft`).
+        Without it, the Universe has no others.
     temperature_K
         If given, it must be the temperature that the model was trained for.
     transformations
-        Applied to every frame after the atoms are placed.
+        Applied to every frame after the atoms are placed; or a function that makes them from the
+        new Universe, for those that need its atoms: ``lambda u: [wrap(u.atoms)]``.
 
     Returns
     -------
@@ -292,14 +347,36 @@ def backmap(
             "at that temperature"
         )
     require_beads(model.cg_map)
-    expected, given = model.cg_map.beads.names, tuple(getattr(u_cg.atoms, "names", ()))
-    if given != expected and sorted(given) == sorted(expected):
-        raise ValueError(
-            f"the beads are ordered {', '.join(given)}, the model has {', '.join(expected)}; pass "
-            "an AtomGroup in the order of the model"
-        )
-    u = universe_from(model.cg_map.atoms)
-    u.trajectory = BeadReader(u_cg, cg_map=model.cg_map, n_samples=n_samples)
-    placed = Backmap(model, seed=seed, potential=potential, prefetch=prefetch)
-    u.trajectory.add_transformations(placed, *transformations)
+    if only is not None and potential is not None:
+        raise ValueError(_NO_PART)
+    if rest is not None and only is None:
+        raise ValueError("rest= gives the atoms outside of only=: say which are reconstructed")
+    u, atoms, after = universe_from(model.cg_map.atoms), None, []
+    if only is not None:
+        part = _select(u, only)
+        if rest is not None:
+            taken = np.setdiff1d(np.arange(len(u.atoms)), part.ix)
+            after.append(Graft(model.cg_map, rest.atoms.positions, taken))
+        else:
+            u, atoms = mda.Merge(part), part.ix
+    beads = in_model_order(u_cg, model.cg_map)
+    u.trajectory = BeadReader(beads, cg_map=model.cg_map, n_samples=n_samples, atoms=atoms)
+    placed = Backmap(
+        model, seed=seed, potential=potential, prefetch=prefetch, relax=relax, atoms=atoms
+    )
+    after += transformations(u) if callable(transformations) else transformations
+    u.trajectory.add_transformations(placed, *after)
     return u
+
+
+def _select(u: mda.Universe, only: str) -> mda.AtomGroup:
+    try:
+        part = u.select_atoms(only)
+    except mda.SelectionError as error:
+        raise ValueError(f"only={only!r} is no selection of MDAnalysis ({error})") from error
+    if not part:
+        raise ValueError(
+            f"only={only!r} selects no atoms; residues here are {u.residues.resids[0]} to "
+            f"{u.residues.resids[-1]}"
+        )
+    return part

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import MDAnalysis as mda
@@ -27,13 +25,13 @@ _SLICE_PRESETS = {
 }
 _GROUP_PRESETS = ("residue-com", "molecule-com")
 PRESETS = (*_SLICE_PRESETS, "heavy", *_GROUP_PRESETS)
-_ASE_SUFFIXES = {".traj", ".extxyz", ".json", ".db"}
 
 
 def cg_map(
     universe: mda.Universe | mda.AtomGroup,
     beads: str | Sequence[str] | Mapping[str, str],
     *,
+    per: Literal["residue", "molecule"] | None = None,
     weighting: Literal["mass", "geometry"] = "mass",
 ) -> CGMap:
     """Make a CGMap from MDAnalysis selections.
@@ -46,12 +44,17 @@ def cg_map(
         ``{bead name: selection}`` or a list of selections: one bead each, in this order. A single
         selection: every atom of it is a bead. Or a preset: ``"ca"``; ``"backbone"`` (N, CA, C);
         ``"heavy"`` (all but hydrogens); ``"residue-com"``, ``"molecule-com"`` (centres of mass).
+    per
+        ``"residue"`` or ``"molecule"``: each of several selections is one bead in every residue
+        (or molecule) that it has atoms in, and none in the others. Beads are ordered by residue,
+        then as the selections are.
     weighting
         A bead of several atoms is at their centre of ``"mass"`` (default) or ``"geometry"``.
 
     Returns
     -------
     CGMap
+        A bead has the residue name, residue number and segment of its first atom.
 
     Raises
     ------
@@ -63,11 +66,16 @@ def cg_map(
     ::
 
         cg_map(u, {"NT": "resname ALA and name N", "CA": "name CA", "SC": "name CB HB*"})
+        cg_map(u, {"BB": "backbone", "SC1": "name CB HB* CG HG*"}, per="residue")  # Martini-like
     """
     atoms = universe.atoms
     topology = topology_from(atoms)
     names = list(beads) if isinstance(beads, Mapping) else None
     if isinstance(beads, str):
+        if per is not None:
+            raise ValueError(
+                f"per={per!r} needs {{bead name: selection}} or a list of selections, got {beads!r}"
+            )
         groups = _groups(atoms, topology, beads)
     else:
         selections = list(beads.values() if isinstance(beads, Mapping) else beads)
@@ -78,6 +86,9 @@ def cg_map(
                     f"the selection {selection!r} matches no atoms, hence no bead; names of atoms "
                     f"here are {_some_names(topology)}"
                 )
+        if per is not None:
+            kinds, groups = _split(groups, _unit_of_atom(atoms, topology, per))
+            names = None if names is None else [names[kind] for kind in kinds]
     if not groups:
         raise ValueError(
             f"{beads!r} selects no atoms, hence no beads; presets are {', '.join(PRESETS)}"
@@ -137,11 +148,29 @@ def _groups(atoms: mda.AtomGroup, topology: Topology, beads: str) -> list[list[i
     if beads == "heavy":
         return [[i] for i, element in enumerate(topology.elements) if element != "H"]
     if beads in _GROUP_PRESETS:
-        labels = topology.molecules if beads == "molecule-com" else atoms.resindices
-        _, first = np.unique(labels, return_index=True)
-        return [np.flatnonzero(labels == labels[i]).tolist() for i in np.sort(first)]
+        unit = _unit_of_atom(atoms, topology, beads.removesuffix("-com"))
+        return _split([list(range(len(atoms)))], unit)[1]
     selection = _SLICE_PRESETS.get(beads, beads)
     return [[i] for i in _select(atoms, selection)]
+
+
+def _unit_of_atom(atoms: mda.AtomGroup, topology: Topology, per: str) -> np.ndarray:
+    """Return which residue or molecule each atom is in, (n,), numbered as they appear."""
+    if per not in ("residue", "molecule"):
+        raise ValueError(f"per must be 'residue' or 'molecule', got {per!r}")
+    labels = atoms.resindices if per == "residue" else topology.molecules
+    _, first, unit = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[unit]
+
+
+def _split(groups: list[list[int]], unit: np.ndarray) -> tuple[list[int], list[list[int]]]:
+    """Cut groups of atoms by unit; return which group each piece is of, and the pieces."""
+    pieces: dict[tuple[int, int], list[int]] = {}
+    for kind, group in enumerate(groups):
+        for i in group:
+            pieces.setdefault((int(unit[i]), kind), []).append(i)
+    keys = sorted(pieces)
+    return [kind for _, kind in keys], [pieces[key] for key in keys]
 
 
 def _select(atoms: mda.AtomGroup, selection: str) -> list[int]:
@@ -279,8 +308,10 @@ def coarse_grain(universe: mda.Universe | mda.AtomGroup, cg_map: CGMap) -> mda.U
     Returns
     -------
     Universe
-        A bead Universe with names, types, masses and bonds; positions, velocities and, for slice
-        maps, the forces on the bead atoms.
+        A bead Universe with names, types, masses, bonds and residues; positions, velocities and
+        forces (`CGMap.apply_forces`, in MDAnalysis' kJ/(mol Å)) where the atoms have them; box,
+        time and ``ts.data``. Where there is a box, atoms of one bead that it cuts apart are put
+        side by side first; `AtomReader` says how.
     """
     u = universe_from(require_beads(cg_map).beads)
     u.trajectory = AtomReader(universe, cg_map=cg_map)
@@ -301,66 +332,3 @@ def require_beads(cg_map: CGMap | TorsionMap) -> CGMap:
             "beads, so there is no bead trajectory: call the Backmapper with angles in radians"
         )
     return cg_map
-
-
-def bead_universe(
-    beads: str | PathLike[str] | np.ndarray, model: Any, **reader: Any
-) -> mda.Universe:
-    """Make a Universe from bead positions, with what the files don't hold: names, masses, bonds.
-
-    Parameters
-    ----------
-    beads
-        Bead positions in Å as an array (n_frames, n_beads, 3), or a file: ASE's .traj, .extxyz,
-        .json, .db, or any format of MDAnalysis (.xyz, .dcd, .xtc, .h5md, ...).
-    model
-        A CGMap, a path of a model file, or anything with a ``cg_map``, e.g. a Backmapper.
-    **reader
-        Further arguments of the MDAnalysis reader, e.g. ``dt`` in ps.
-
-    Raises
-    ------
-    ValueError
-        If the number of beads differs, or if the file says that it belongs to another map.
-    """
-    if isinstance(model, str | PathLike):
-        from ccg_ase.checkpoint import load_model
-
-        model = load_model(model)
-    the_map = require_beads(model if isinstance(model, CGMap | TorsionMap) else model.cg_map)
-    trajectory = beads
-    if isinstance(beads, str | PathLike):
-        if not Path(beads).is_file():
-            raise FileNotFoundError(f"no bead trajectory {str(beads)!r}")
-        trajectory = str(beads)
-        if Path(beads).suffix in _ASE_SUFFIXES:
-            trajectory = _read_ase(trajectory, the_map)
-    if isinstance(trajectory, np.ndarray) and trajectory.shape[1:] != (the_map.n_beads, 3):
-        raise ValueError(
-            f"expected beads of shape (n_frames, {the_map.n_beads}, 3), got {trajectory.shape}"
-        )
-    try:
-        return universe_from(the_map.beads, trajectory, **reader)
-    except (ValueError, TypeError) as error:
-        if not isinstance(beads, str | PathLike):
-            raise
-        reason = " ".join(str(error).split())  # MDAnalysis uses several lines
-        raise ValueError(
-            f"{beads} can't be read as a trajectory of the model's {the_map.n_beads} beads "
-            f"({reason}); use the model that it was made with"
-        ) from error
-
-
-def _read_ase(path: str, the_map: CGMap) -> np.ndarray:
-    from ase.io import read
-
-    frames = read(path, index=":")
-    for k, frame in enumerate(frames):
-        written_for = frame.info.get("cg_map", the_map.fingerprint())
-        if len(frame) != the_map.n_beads or written_for != the_map.fingerprint():
-            raise ValueError(
-                f"frame {k} of {path!r} holds {len(frame)} beads of the map {written_for}, the "
-                f"model has {the_map.n_beads} of the map {the_map.fingerprint()}; use the model "
-                "that the trajectory was made with"
-            )
-    return np.array([frame.positions for frame in frames])

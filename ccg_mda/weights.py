@@ -6,22 +6,34 @@ weight of -inf is a frame of weight zero; NaN or +inf is an error.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import MDAnalysis as mda
 import numpy as np
+from MDAnalysis.coordinates.timestep import Timestep
 from MDAnalysis.exceptions import NoDataError
 
 from ccg_ase.units import thermal_energy
+from ccg_mda.pareto import tail_shape
 
-_TAIL_MIN = 5
-_EQUAL = 1e-8  # relative; far above the rounding of energies of 1e5 kT
+if TYPE_CHECKING:
+    from ccg_ase.forcefield import ForceField
+
+PARETO_LIMIT = 0.7
+"""Above this tail shape a few samples rule (Vehtari et al. 2024)."""
+LEAST_EFFECTIVE = 50
+"""Fewer effective samples than this make an average and its error bar a matter of luck."""
+
+
+FreeEnergy: TypeAlias = "ForceField | Callable[[np.ndarray], np.ndarray]"
 
 
 def log_weights(
     universe: mda.Universe,
     *,
-    free_energy: Callable[[np.ndarray], np.ndarray] | None = None,
+    free_energy: FreeEnergy | None = None,
     temperature_K: float | None = None,
 ) -> np.ndarray:
     """Collect ``ts.data["log_weight"]`` over a trajectory; the current frame stays where it is.
@@ -35,31 +47,78 @@ def log_weights(
     universe
         Made by `backmap` with a ``potential``, or re-read from the H5MD file of one.
     free_energy
-        Maps beads in Å, shape (n_frames, n_beads, 3), to F in eV, shape (n_frames,).
+        What the beads were sampled from: the `ForceField`, or a function that maps beads in Å,
+        shape (n_bead_frames, n_beads, 3), to F in eV, shape (n_bead_frames,).
     temperature_K
-        Temperature of F; needed with ``free_energy``.
+        Temperature of F; needed with a function.
 
     Returns
     -------
     ndarray
         Shape (n_frames,).
     """
-    if free_energy is not None and temperature_K is None:
-        raise ValueError("free_energy needs the temperature_K that it belongs to")
-    collected, beads = [], []
+    given_beads, bead, reduced = read_weights(universe, free_energy, temperature_K)
+    return given_beads if reduced is None else given_beads + reduced[bead]
+
+
+def read_weights(
+    universe: mda.Universe, free_energy: FreeEnergy | None, temperature_K: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return weights given beads (n_frames,), their bead frames, and F/kT (n_bead_frames,)."""
+    kT = None if free_energy is None else thermal_energy(_temperature(free_energy, temperature_K))
+    given_beads, numbers, beads, cells = [], [], {}, {}
     for ts in universe.trajectory.copy():
-        if "log_weight" not in ts.data:
-            raise NoDataError(
-                f"frame {ts.frame} carries no log_weight; call backmap(..., potential=...) to get "
-                "weights, and keep them by writing H5MD"
-            )
-        collected.append(float(ts.data["log_weight"]))
-        if free_energy is not None:
-            beads.append(np.array(ts.data["beads"], dtype=float))
-    log_w = np.array(collected)
+        given_beads.append(frame_log_weight(ts))
+        numbers.append(bead_frame(ts))
+        if free_energy is not None and numbers[-1] not in beads:
+            beads[numbers[-1]] = np.array(ts.data["beads"], dtype=float)
+            cells[numbers[-1]] = ts.triclinic_dimensions
+    distinct, bead = np.unique(numbers, return_inverse=True)
+    reduced = None
     if free_energy is not None:
-        log_w += np.asarray(free_energy(np.array(beads))) / thermal_energy(temperature_K)
-    return log_w
+        frames, boxes = ([of[number] for number in distinct] for of in (beads, cells))
+        reduced = _energies(free_energy, np.array(frames), boxes) / kT
+    return np.array(given_beads), bead, reduced
+
+
+def _temperature(free_energy: FreeEnergy, temperature_K: float | None) -> float:
+    own = getattr(free_energy, "temperature_K", temperature_K)
+    if own is None:
+        raise ValueError("free_energy needs the temperature_K that it belongs to")
+    if temperature_K is not None and abs(temperature_K - own) > 1e-6:
+        raise ValueError(f"the force field is for {own} K, asked for {temperature_K} K")
+    return own
+
+
+def _energies(
+    free_energy: FreeEnergy, beads: np.ndarray, boxes: list[np.ndarray | None]
+) -> np.ndarray:
+    """Return F of bead frames in eV."""
+    if not hasattr(free_energy, "energy_and_forces"):
+        return np.asarray(free_energy(beads))
+    from ccg_ase.energies import bead_energies
+
+    if not free_energy.periodic:
+        return bead_energies(free_energy, beads)[0]
+    if any(box is None for box in boxes):
+        raise ValueError("the force field is of a periodic box; some of the frames have none")
+    return bead_energies(free_energy, beads, np.array(boxes, dtype=float))[0]
+
+
+def frame_log_weight(ts: Timestep) -> float:
+    """Return ``ts.data["log_weight"]``."""
+    try:
+        return float(ts.data["log_weight"])
+    except KeyError:
+        raise NoDataError(
+            f"frame {ts.frame} carries no log_weight; call backmap(..., potential=...) without "
+            "relax to get weights, and keep them by writing H5MD"
+        ) from None
+
+
+def bead_frame(ts: Timestep) -> int:
+    """Return ``ts.data["cg_frame"]``; a frame that doesn't carry it is a bead frame of its own."""
+    return int(ts.data.get("cg_frame", ts.frame))
 
 
 def effective_sample_size(log_w: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -77,7 +136,7 @@ def effective_sample_size(log_w: np.ndarray, axis: int = -1) -> np.ndarray:
     ndarray
         The fraction; 0 where all weights are zero.
     """
-    w = np.exp(_relative(log_w, axis)[0])
+    w = np.exp(below_top(log_w, axis)[0])
     squares = np.sum(w**2, axis=axis)
     fraction = np.sum(w, axis=axis) ** 2 / (w.shape[axis] * np.where(squares > 0, squares, 1.0))
     return np.asarray(fraction)[()]
@@ -102,8 +161,8 @@ def log_mean_exp(log_w: np.ndarray, axis: int = -1) -> tuple[np.ndarray, np.ndar
     value, variance
         The variance is NaN for a single sample, or if all weights are zero.
     """
-    relative, top = _relative(log_w, axis)
-    w = np.exp(relative)
+    below, top = below_top(log_w, axis)
+    w = np.exp(below)
     k, total = w.shape[axis], np.sum(w, axis=axis)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = np.log(total / k) + np.squeeze(top, axis)
@@ -137,50 +196,54 @@ def pareto_k(log_w: np.ndarray, axis: int = -1) -> np.ndarray:
     Zhang, Stephens, Technometrics 51, 316 (2009). Vehtari, Simpson, Gelman, Yao, Gabry,
     J. Mach. Learn. Res. 25, 72 (2024).
     """
-    relative = _relative(log_w, axis)[0]
-    return np.asarray(np.apply_along_axis(_tail_shape, axis, relative))[()]
+    below = below_top(log_w, axis)[0]
+    return np.asarray(np.apply_along_axis(tail_shape, axis, below))[()]
 
 
-def _tail_shape(log_w: np.ndarray) -> float:
-    n_tail = int(min(0.2 * len(log_w), 3 * np.sqrt(len(log_w))))
-    if n_tail < _TAIL_MIN:
-        return np.nan
-    w = np.exp(np.sort(log_w)[-n_tail - 1 :])
-    exceedance = w[1:] - w[0]
-    if exceedance[-1] <= _EQUAL * w[-1]:
-        return -np.inf  # an exact q: the shape would be that of rounding errors
-    exceedance = exceedance[exceedance > 4 * np.finfo(float).eps * w[-1]]
-    n_tail = len(exceedance)
-    if n_tail < _TAIL_MIN:
-        return np.inf
-    k = _fit_generalised_pareto(exceedance)
-    return (k * n_tail + 0.5 * 10) / (n_tail + 10)
+def warn_if_few(log_w: np.ndarray, what: str) -> None:
+    """Warn, with the number, if too few of the weights count or a few of them rule.
 
-
-def _fit_generalised_pareto(x: np.ndarray) -> float:
-    """Return the posterior-mean shape of Zhang and Stephens for ascending exceedances x > 0."""
-    n = len(x)
-    m = 30 + int(np.sqrt(n))
-    quartile = x[int(n / 4 + 0.5) - 1]
-    # θ = -k/σ on a grid of quantiles of its prior; the profile likelihood weighs the points.
-    theta = 1 / x[-1] + (1 - np.sqrt(m / (np.arange(1, m + 1) - 0.5))) / (3 * quartile)
-    k = np.log1p(-theta[:, None] * x).mean(axis=1)
-    log_likelihood = n * (np.log(-theta / k) - k - 1)
-    weight = np.exp(log_likelihood - log_likelihood.max())
-    return float(np.log1p(-(weight @ theta / weight.sum()) * x).mean())
-
-
-def resample(
-    log_w: np.ndarray, n: int | None = None, rng: np.random.Generator | None = None
-) -> np.ndarray:
-    """Draw frames in proportion to their weights, by systematic resampling.
-
-    For analyses that can't weight: ``RMSF(...).run(frames=resample(log_weights(u), n, rng))``.
+    That is below `LEAST_EFFECTIVE` effective samples (Kish), or with a `pareto_k` above
+    `PARETO_LIMIT`.
 
     Parameters
     ----------
     log_w
         Log weights, shape (K,).
+    what
+        Plural name of what they weigh.
+    """
+    effective = effective_sample_size(log_w) * len(log_w)
+    k = pareto_k(log_w)
+    if effective < LEAST_EFFECTIVE:
+        reason = (
+            f"{effective:.1f} effective {what} of {len(log_w)} are fewer than {LEAST_EFFECTIVE}"
+        )
+    elif k > PARETO_LIMIT:
+        reason = f"Pareto k {k:.2f} is above {PARETO_LIMIT}, so that a few {what} rule"
+    else:
+        return
+    warnings.warn(
+        f"don't trust averages with these weights: {reason}; run longer, or train a model whose "
+        "weights are more even",
+        stacklevel=3,
+    )
+
+
+def resample(
+    log_w: np.ndarray | mda.Universe,
+    n: int | None = None,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Draw frames in proportion to their weights, by systematic resampling.
+
+    For analyses that can't weight: ``PCA(u).run(frames=resample(log_w, n, rng))``.
+
+    Parameters
+    ----------
+    log_w
+        Log weights, shape (K,), or a Universe, which stands for ``log_weights(universe)``: weights
+        given the beads. For frames of the whole ensemble pass ``log_weights(u, free_energy=...)``.
     n
         Number of draws; default K.
     rng
@@ -191,7 +254,9 @@ def resample(
     ndarray
         Ascending indices, shape (n,); a frame of normalised weight p comes ⌊np⌋ or ⌈np⌉ times.
     """
-    w = np.exp(_relative(_flat(log_w), 0)[0])
+    if isinstance(log_w, mda.Universe):
+        log_w = log_weights(log_w)
+    w = np.exp(below_top(flat_log_weights(log_w), 0)[0])
     if w.sum() == 0:
         raise ValueError("can't resample: all weights are zero")
     n = len(w) if n is None else n
@@ -206,6 +271,9 @@ def weighted_average(
     values: np.ndarray, log_w: np.ndarray, *, n_blocks: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the weighted mean μ = Σwf / Σw and its standard error.
+
+    `WeightedAverage` does the same while it reads a trajectory. Values of frames of weight zero
+    don't matter, whatever they are.
 
     With N_b = Σ w (f - μ) over block b of B, the error² is B/(B-1) Σ_b N_b² / (Σw)²: the delta
     method of a ratio, exact to first order for any weights. It holds for independent blocks.
@@ -225,33 +293,38 @@ def weighted_average(
     mean, error
         Shape (...).
     """
-    values, log_w = np.asarray(values, dtype=float), _flat(log_w)
+    values, log_w = np.asarray(values, dtype=float), flat_log_weights(log_w)
     k = len(log_w)
     n_blocks = k if n_blocks is None else n_blocks
     if values.shape[:1] != (k,):
         raise ValueError(f"{k} log weights given for values of shape {values.shape}")
     if not 2 <= n_blocks <= k:
         raise ValueError(f"n_blocks must lie between 2 and the {k} frames, got {n_blocks}")
-    w = np.exp(_relative(log_w, 0)[0])
+    w = np.exp(below_top(log_w, 0)[0])
     if w.sum() == 0:
         raise ValueError("can't average: all weights are zero")
-    w /= w.sum()
-    mean = np.tensordot(w, values, axes=1)
-    deviation = w.reshape(-1, *[1] * (values.ndim - 1)) * (values - mean)
-    starts = np.arange(n_blocks) * k // n_blocks
-    blocks = np.add.reduceat(deviation, starts, axis=0)
+    w = (w / w.sum()).reshape(-1, *[1] * (values.ndim - 1))
+    values = np.where(w > 0, values, 0.0)
+    mean = np.sum(w * values, axis=0)
+    blocks = np.add.reduceat(w * (values - mean), block_starts(k, n_blocks), axis=0)
     error = np.sqrt(n_blocks / (n_blocks - 1) * np.sum(blocks**2, axis=0))
     return np.asarray(mean)[()], np.asarray(error)[()]
 
 
-def _flat(log_w: np.ndarray) -> np.ndarray:
+def block_starts(n: int, n_blocks: int) -> np.ndarray:
+    """Return where each of ``n_blocks`` runs of n things begins; they differ by one at most."""
+    return np.arange(n_blocks) * n // n_blocks
+
+
+def flat_log_weights(log_w: np.ndarray) -> np.ndarray:
+    """Return log weights as float array of one axis, checked."""
     log_w = np.asarray(log_w, dtype=float)
     if log_w.ndim != 1:
         raise ValueError(f"log weights must have shape (K,), got {log_w.shape}")
     return log_w
 
 
-def _relative(log_w: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def below_top(log_w: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Return log weights minus their maximum, and that maximum (finite, axis kept)."""
     log_w = np.asarray(log_w, dtype=float)
     if log_w.ndim == 0 or log_w.shape[axis] == 0:

@@ -154,7 +154,7 @@ class GaussianBackmapper(torch.nn.Module):
         }.items():
             self.register_buffer(name, torch.as_tensor(value))
 
-    def forward(self, beads, *, temperature_K=None):
+    def forward(self, beads, *, temperature_K=None, box=None):
         if temperature_K not in (None, self.temperature_K):
             raise ValueError("this Gaussian holds at one temperature")
         return GaussianDistribution(self, beads)

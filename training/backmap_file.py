@@ -48,14 +48,14 @@ def backmap_file(
     from MDAnalysis.coordinates.core import get_writer_for
 
     from ccg_ase.checkpoint import load_model
+    from ccg_ase.energies import bead_energies
     from ccg_ase.forcefield import ForceField
     from ccg_ase.units import thermal_energy
+    from ccg_mda.bead_sources import bead_universe
     from ccg_mda.flow import Backmapper
     from ccg_mda.transformation import backmap
-    from ccg_mda.universe import bead_universe
     from ccg_mda.weights import effective_sample_size
 
-    from .evaluation import bead_energies
     from .system import potential_of
 
     table = out.with_suffix(".npz")

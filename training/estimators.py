@@ -13,7 +13,6 @@ pseudo-marginal principle (Andrieu & Roberts 2009); numbering E1-E6 as in the pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ from ase import units
 
 from ccg_ase.units import thermal_energy
 from ccg_mda.bounds import Estimate, log_partition, n_samples, normalised_weights
-from ccg_mda.weights import effective_sample_size, log_mean_exp, weighted_average
 
 KJ_PER_MOL_PER_EV = units.mol / units.kJ
 
@@ -138,80 +136,3 @@ def at_temperature(
     """Log-weights of the same samples at another temperature, l' = -U/kT' - ln q, (S, K)."""
     shift = 1 / thermal_energy(temperature_K) - 1 / thermal_energy(new_temperature_K)
     return log_weight + np.where(np.isfinite(energy), energy * shift, 0.0)
-
-
-@dataclass(frozen=True)
-class TwoLevelWeights:
-    """Weights that carry K reconstructions of bead dynamics to the atomistic ensemble (E6).
-
-    Attributes
-    ----------
-    log_states
-        ln W_i = ln Ẑ_K(s_i) + F_φ(s_i)/kT, (S,).
-    samples
-        w̄_ik, normalised over k, (S, K).
-    log_ratio
-        ln of the mean W: an estimate of ln(Z_all / Z_CG).
-    ess_states, ess_samples
-        Effective sample sizes as fractions: of the W_i, and of the samples at a state, the latter
-        as the harmonic mean with weights W_i², which makes their product exact.
-    """
-
-    log_states: np.ndarray
-    samples: np.ndarray
-    log_ratio: float
-    ess_states: float
-    ess_samples: float
-
-    @property
-    def ess(self) -> float:
-        """Effective sample size of all S·K samples, as a fraction: the product of the two."""
-        return self.ess_states * self.ess_samples
-
-    def average(self, values: np.ndarray, *, n_blocks: int = 20) -> Estimate:
-        """Average over the atomistic ensemble: Σ_i W_i Σ_k w̄_ik O_ik / Σ_i W_i.
-
-        Parameters
-        ----------
-        values
-            O, (S, K, ...).
-        n_blocks
-            Contiguous blocks of states that count as independent; a block must outlast the
-            correlation of the states, so keep the states of one trajectory together, in time order.
-
-        Returns
-        -------
-        Estimate
-            (...), with the linearised block error of `weighted_average`.
-        """
-        weight = self.samples.reshape(*self.samples.shape, *[1] * (np.ndim(values) - 2))
-        per_state = (weight * np.where(weight > 0, values, 0.0)).sum(1)
-        return Estimate(*weighted_average(per_state, self.log_states, n_blocks=n_blocks))
-
-
-def two_level_weights(
-    log_weight: np.ndarray, free_energy_model: np.ndarray, temperature_K: float
-) -> TwoLevelWeights:
-    """Weights from bead dynamics on F_φ to the atomistic ensemble, for any q and F_φ with support.
-
-    Parameters
-    ----------
-    log_weight
-        l of K samples at each of the S visited states, (S, K).
-    free_energy_model
-        F_φ(s_i), (S,), eV: the energy that the bead dynamics ran on.
-    temperature_K
-        Temperature of both.
-    """
-    log_z, _ = log_mean_exp(log_weight, axis=1)
-    log_states = log_z + np.asarray(free_energy_model) / thermal_energy(temperature_K)
-    samples = normalised_weights(log_weight)
-    squares = normalised_weights(log_states) ** 2
-    inverse_ess = samples.shape[1] * (samples**2).sum(1)
-    return TwoLevelWeights(
-        log_states=log_states,
-        samples=samples,
-        log_ratio=float(log_mean_exp(log_states)[0]),
-        ess_states=float(effective_sample_size(log_states)),
-        ess_samples=float(squares.sum() / (squares * inverse_ess).sum()),
-    )

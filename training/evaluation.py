@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from MDAnalysis.lib.formats.libdcd import DCDFile
 
+from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
 from ccg_ase.torsion_map import TorsionMap, dihedral_angles
+from ccg_ase.units import thermal_energy
 from ccg_mda.diagnostics import StructureProbe, WeightQuality
 from ccg_mda.flow import Backmapper
 from ccg_mda.potential import Potential
 from ccg_mda.structure import StructureReference
+from ccg_mda.two_level import TwoLevelWeights
 from ccg_mda.weights import effective_sample_size, pareto_k
 
 from .estimators import (
-    TwoLevelWeights,
     label_variance,
     to_kJ_per_mol,
-    two_level_weights,
 )
 from .metrics import independent_samples
 from .reconstruction import Samples, pull_back_frames, reconstruct
@@ -37,19 +37,6 @@ if TYPE_CHECKING:
 
 RARE_KT = 4.0  # a state is rare if its torsion bin lies this much above the most populated one
 _TORSION_BINS = 24
-
-
-def bead_energies(
-    force_field: ForceField, beads: np.ndarray, batch_size: int = 2000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return F (N,) in eV and -∂F/∂s (N, n_beads, 3) in eV/Å of a force field, as float64."""
-    parts = []
-    for start in range(0, len(beads), batch_size):
-        batch = torch.from_numpy(np.asarray(beads[start : start + batch_size]))
-        centred = batch - batch.mean(-2, keepdim=True)
-        parts.append(force_field.energy_and_forces(centred.to(force_field.dtype)))
-    energy, forces = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
-    return energy, forces
 
 
 def dcd_frames(path: Path) -> np.ndarray:
@@ -67,7 +54,12 @@ def longest_bond(frames: np.ndarray, cg_map: CGMap) -> float:
 def two_levels(samples: Samples, force_field: ForceField) -> TwoLevelWeights:
     """Weights of reconstructions of the bead ensemble of a force field (E6)."""
     energy, _ = bead_energies(force_field, samples.beads)
-    return two_level_weights(samples.log_weight, energy, samples.temperature_K)
+    n_states, n_samples = samples.log_weight.shape
+    return TwoLevelWeights.combine(
+        samples.log_weight.ravel(),
+        np.repeat(np.arange(n_states), n_samples),
+        energy / thermal_energy(samples.temperature_K),
+    )
 
 
 def torsions(beads: np.ndarray, cg_map: CGMap | TorsionMap) -> np.ndarray:
@@ -195,8 +187,7 @@ def report_data(workspace: Workspace, records: list[Metrics]) -> ReportData:
     visited = dcd_frames(final / "dynamics" / "beads.dcd")
     samples = Samples.load(final / "samples.npz")
     levels = two_levels(samples, ForceField.from_model(workspace.last_model))
-    with np.errstate(divide="ignore"):
-        log_weights = (levels.log_states[:, None] + np.log(levels.samples)).ravel()
+    log_weights = levels.log_w
     kept = np.isfinite(log_weights)
     check = read_npz(final / "held_out.npz")
     ess, iteration, rare = [], [], []

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ccg_ase.forcefield import ForceField
+from ccg_mda.bead_sources import bead_universe
 from ccg_mda.flow import Backmapper
 from ccg_mda.transformation import backmap
-from ccg_mda.universe import bead_universe
 from ccg_mda.weights import effective_sample_size
 
 from . import evaluation
@@ -125,8 +125,8 @@ def reconstruct_ensemble(workspace: Workspace, stage: Stage) -> Metrics:
     return {
         "calls": samples.n_calls,
         "states": len(chosen),
-        "ess_states": levels.ess_states,
-        "ess_samples": levels.ess_samples,
+        "ess_states": levels.ess_beads,
+        "ess_samples": levels.ess_atoms,
         "ess_two_level": levels.ess,
     }
 

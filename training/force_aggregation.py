@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import coo_array, csr_array
 
+from ccg_ase.force_map import plain_force_matrix
 from ccg_ase.mapping import CGMap
 from ccg_mda.weights import weighted_average
 
@@ -87,21 +88,7 @@ class ForceMap:
         ValueError
             If a bead has no atom, or no rigid group of atoms, to itself.
         """
-        group = rigid_groups(cg_map, constraints)
-        members = coo_array((np.ones(len(group)), (np.arange(len(group)), group))).tocsr()
-        shares = (cg_map.matrix @ members).tocoo()
-        own = np.bincount(shares.col, minlength=members.shape[1])[shares.col] == 1
-        bead, shared_by = shares.row[own], shares.col[own]
-        weight = np.bincount(bead, shares.data[own], minlength=cg_map.n_beads)
-        if not weight.all():
-            without = int(np.argmin(weight))
-            raise ValueError(
-                f"bead {without} ({cg_map.beads.names[without]}) shares each of its atoms, or the "
-                "rigid groups that they are in, with other beads; use ForceMap.optimal, or keep "
-                "one bead per rigid group"
-            )
-        entries = coo_array((1 / weight[bead], (bead, shared_by)), shape=shares.shape)
-        return cls(cg_map, (entries.tocsr() @ members.T).tocsr())
+        return cls(cg_map, plain_force_matrix(cg_map, rigid_groups(cg_map, constraints)))
 
     @classmethod
     def optimal(

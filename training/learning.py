@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from ccg_ase.checkpoint import load_model
+from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
 from .describe import held_coordinates
 from .estimators import free_energy, label_variance, mean_force, normalised_weights, typical
-from .evaluation import bead_energies
 from .fit_flow import (
     LIKELIHOOD_ONLY,
     FlowFrames,

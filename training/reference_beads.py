@@ -16,8 +16,8 @@ class ReferenceBeads:
     beads
         Positions in Å, (N, n_beads, 3), in time order.
     log_weight
-        Log-weights of the frames, (N,), as of biased dynamics or `TwoLevelWeights.log_states`;
-        default: equal weights.
+        Log-weights of the frames, (N,), as of biased dynamics or the ``log_bead_weights`` of
+        `TwoLevelWeights`; default: equal weights.
 
     Raises
     ------

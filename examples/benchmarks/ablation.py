@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ccg_ase import ForceField, load_model
+from ccg_ase.energies import bead_energies
 from ccg_mda import Backmapper
 from ccg_mda.potential import OpenMMPotential
 from ccg_training import evaluation
@@ -56,7 +57,7 @@ class Ablation:
 
     def _frames(self, data: ReferenceData) -> FlowFrames:
         beads = self.cg_map.apply(data.positions)
-        energy, force = evaluation.bead_energies(self.force_field, beads)
+        energy, force = bead_energies(self.force_field, beads)
         every = np.ones(len(data))
         return FlowFrames(data.positions, every, data.forces, data.energy, force, energy)
 

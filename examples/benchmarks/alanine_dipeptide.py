@@ -117,14 +117,14 @@ def ensemble(args: argparse.Namespace) -> None:
     samples = read_samples(atoms, backmapper, args.samples)
     levels = evaluation.two_levels(samples, force_field)
     per_state = effective_sample_size(samples.log_weight, axis=1)
-    print(f"two-level effective sample size: beads {levels.ess_states:.3f}, atoms "
-          f"{levels.ess_samples:.3f}, product {levels.ess:.3f}; per state "
+    print(f"two-level effective sample size: beads {levels.ess_beads:.3f}, atoms "
+          f"{levels.ess_atoms:.3f}, product {levels.ess:.3f}; per state "
           f"{per_state.mean():.3f}")  # fmt: skip
     phi = evaluation.torsions(samples.beads, cg_map)[:, 0]
     edges = np.linspace(-np.pi, np.pi, 37)
     counts = np.histogram(of_known[:, 0], edges)[0]
     raw = np.histogram(of_visited[:, 0], edges)[0]
-    weights = np.exp(levels.log_states - levels.log_states.max())
+    weights = np.exp(levels.log_bead_weights - levels.log_bead_weights.max())
     weighted = np.histogram(phi, edges, weights=weights)[0]
     with np.errstate(divide="ignore"):
         f_reference = -np.log(counts / counts.sum())

@@ -25,10 +25,10 @@ from measures import PHI_PSI, figures
 from rare_states import improve
 
 from ccg_ase.checkpoint import save_model
+from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
 from ccg_ase.torsion_map import TorsionMap
 from ccg_mda.flow import Backmapper
-from ccg_training.evaluation import bead_energies
 from ccg_training.fit_flow import (
     LIKELIHOOD_ONLY,
     FlowFrames,

@@ -27,13 +27,13 @@ from bead_ensembles import Dynamics, measure
 from explicit_water import KCAL_PER_MOL, load_water, noise_by_neighbours
 
 from ccg_ase.checkpoint import save_model
+from ccg_ase.energies import bead_energies
 from ccg_ase.evaluator import Evaluator
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 from ccg_training.estimators import label_variance
-from ccg_training.evaluation import bead_energies
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
 from ccg_training.langevin_sampler import LangevinSampler

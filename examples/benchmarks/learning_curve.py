@@ -30,11 +30,12 @@ from bead_ensembles import Dynamics
 from bead_force_field import fit
 
 from ccg_ase.checkpoint import load_model, save_model
+from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 from ccg_mda.weights import effective_sample_size
-from ccg_training.evaluation import bead_energies, torsions
+from ccg_training.evaluation import torsions
 from ccg_training.fit_forcefield import FitSettings
 from ccg_training.force_aggregation import ForceMap
 from ccg_training.labels import Labels

@@ -106,13 +106,42 @@ def test_fingerprint_is_stable(ala2_topology):
     assert tiny != CGMap.from_slices(tiny.atoms, [1, 0])
 
 
-def test_apply_forces(any_map, rng):
-    forces = rng.normal(size=(4, 22, 3))
-    if any_map.kind == "slice":
-        np.testing.assert_array_equal(any_map.apply_forces(forces), forces[:, any_map.bead_atoms])
-    else:
-        with pytest.raises(NotImplementedError, match="slice"):
-            any_map.apply_forces(forces)
+def test_force_map_is_consistent(any_map):
+    product = any_map.force_matrix @ any_map.matrix.T
+    np.testing.assert_allclose(product.toarray(), np.eye(any_map.n_beads), atol=1e-15)
+
+
+def test_apply_forces_undoes_the_chain_rule(any_map, rng):
+    """A potential of the beads only: B f is minus its gradient in the beads, by differences."""
+    n = any_map.n_beads
+    root = rng.normal(size=(n, 3, n, 3))
+    K = np.einsum("iajb,kcjb->iakc", root, root)
+    centre, x, h = rng.normal(size=(n, 3)), rng.normal(size=(2, 22, 3)), 1e-3
+
+    def energy(s):
+        return np.einsum("...ia,iakc,...kc->...", s - centre, K, s - centre) / 2
+
+    steps = h * np.eye(66).reshape(66, 1, 22, 3)
+    up, down = (energy(any_map.apply(x + sign * steps)) for sign in (1, -1))
+    forces = (-(up - down) / (2 * h)).T.reshape(2, 22, 3)
+    steps = h * np.eye(3 * n).reshape(-1, 1, n, 3)
+    up, down = (energy(any_map.apply(x) + sign * steps) for sign in (1, -1))
+    expected = (-(up - down) / (2 * h)).T.reshape(2, n, 3)
+    np.testing.assert_allclose(any_map.apply_forces(forces), expected, rtol=1e-6, atol=1e-6)
+    tensor = any_map.apply_forces(torch.tensor(forces, dtype=torch.float32))
+    assert tensor.dtype == torch.float32
+    np.testing.assert_allclose(tensor, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_forces_that_are_ambiguous(ala2_topology, any_map):
+    matrix = np.zeros((2, 22))
+    matrix[0, 4], matrix[1, [4, 6]] = 1, 0.5
+    matrix[0, [4, 6]] = 0.25, 0.75
+    with pytest.raises(ValueError, match=r"bead 0 \(C\) shares each of its atoms"):
+        CGMap.from_matrix(ala2_topology, matrix).apply_forces(np.zeros((22, 3)))
+    with pytest.raises(ValueError, match="for the atoms of this map"):
+        any_map.apply_forces(np.zeros((21, 3)))
+    if any_map.kind != "slice":
         with pytest.raises(ValueError, match="slice maps only"):
             _ = any_map.bead_atoms
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from ccg_ase.bead_frames import BeadFrames
+from ccg_mda.bead_sources import bead_universe
 from ccg_mda.bead_writer import BeadWriter
-from ccg_mda.universe import bead_universe
 
 
 def frames_of(beads, steps, box):
@@ -40,6 +40,7 @@ def test_round_trip(ala2_map, ala2_beads, tmp_path, suffix):
     if suffix == "xtc":
         assert [ts.time for ts in read.trajectory] == pytest.approx([2, 4, 6, 8, 10])
         np.testing.assert_allclose(read.trajectory[0].triclinic_dimensions, box, atol=1e-4)
+    read.trajectory.close()  # else its open file is reported when it's collected
 
 
 def test_no_box(ala2_map, ala2_beads):

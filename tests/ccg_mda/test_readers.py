@@ -3,9 +3,10 @@ import pickle
 import MDAnalysis as mda
 import numpy as np
 import pytest
-from molecules import PDB, dipeptide, slice_map
+from molecules import PDB, GaussianBackmapper, dipeptide, slice_map
 
 from ccg_mda.readers import AtomReader, BeadReader
+from ccg_mda.transformation import backmap
 from ccg_mda.universe import coarse_grain, universe_from
 
 N = 6
@@ -53,7 +54,8 @@ def test_any_order_of_access(source, the_map):
     frames = np.array([ts.positions.copy() for ts in u.trajectory])
     n = len(frames)
     mask = np.arange(n) % 3 == 0
-    for key in (slice(None, None, -1), slice(1, 9, 4), [5, 0, 0, 7], mask, slice(-3, None)):
+    keys = (slice(None, None, -1), slice(1, 9, 4), [5, 0, 0, 7], mask, slice(-3, None))
+    for key in (*keys, mask.tolist()):
         read = np.array([ts.positions.copy() for ts in u.trajectory[key]])
         np.testing.assert_array_equal(read, frames[key])
     np.testing.assert_array_equal(u.trajectory[-1].positions, frames[-1])
@@ -86,16 +88,35 @@ def test_atom_reader_pickles(the_map):
     np.testing.assert_array_equal(other.atoms.positions, beads.atoms.positions)
 
 
+@pytest.fixture
+def table(tmp_path):
+    """Every other frame of N has a value, 10 + its number."""
+    path = tmp_path / "pull.xvg"
+    frames = np.arange(0, N, 2)
+    np.savetxt(path, np.column_stack([2.0 * frames, 10 + frames]))
+    return str(path)
+
+
 @pytest.mark.parametrize("n_samples", [1, 3])
-def test_auxiliary_data_travels(the_map, n_samples, tmp_path):
-    source = coarse_grain(dipeptide(N), the_map)
-    table = tmp_path / "pull.xvg"
-    np.savetxt(table, np.column_stack([2.0 * np.arange(N), 10 + np.arange(N)]))
-    u = host(source, the_map, n_samples=n_samples)
-    u.trajectory.add_auxiliary("pull", str(table))
-    for other in (u, u.copy(), pickle.loads(pickle.dumps(u))):
-        read = [ts.aux.pull[1] for ts in other.trajectory]
-        np.testing.assert_array_equal(read, np.repeat(10 + np.arange(N), n_samples))
+def test_auxiliary_data_travels(the_map, n_samples, table):
+    u = host(coarse_grain(dipeptide(N), the_map), the_map, n_samples=n_samples)
+    u.trajectory[4]
+    later = [u.copy(), pickle.loads(pickle.dumps(u))]
+    u.trajectory.add_auxiliary("pull", table)
+    for other in later:
+        other.trajectory.add_auxiliary("pull", table)
+    frames = np.repeat(np.arange(N), n_samples)
+    expected = np.where(frames % 2 == 0, 10.0 + frames, np.nan)
+    for other in (u, u.copy(), pickle.loads(pickle.dumps(u)), *later):
+        assert other.trajectory.frame == 4
+        read = [ts.aux.pull[-1] for ts in other.trajectory]
+        np.testing.assert_array_equal(read, expected)
+        backwards = [ts.aux.pull[-1] for ts in other.trajectory[::-1]]
+        np.testing.assert_array_equal(backwards, expected[::-1])
+        with_value = [(ts.frame, ts.aux.pull[-1]) for ts in other.trajectory.iter_as_aux("pull")]
+        known = np.flatnonzero(frames % 2 == 0)
+        np.testing.assert_array_equal(with_value, np.column_stack([known, expected[known]]))
+        other.trajectory[4]
 
 
 def test_user_topology_file(the_map):
@@ -125,6 +146,38 @@ def test_look_ahead_leaves_the_frame(the_map):
     assert [frame.dimensions[0] for frame in ahead] == [30, 33]
 
 
+def test_backmap_of_any_source(source, the_map):
+    u = backmap(source, GaussianBackmapper(the_map), n_samples=2, prefetch=4)
+    frames = np.array([ts.positions.copy() for ts in u.trajectory])
+    beads = np.repeat(source.trajectory.timeseries(order="fac"), 2, axis=0)
+    np.testing.assert_array_equal(frames[:, the_map.bead_atoms], beads)
+    for k in (7, 11, 0, 8):
+        np.testing.assert_array_equal(u.trajectory[k].positions, frames[k])
+
+
+@pytest.mark.parametrize("suffix", ["xtc", "trr", "dcd", "h5md", "pdb", "xyz"])
+@pytest.mark.filterwarnings("ignore:DCDReader currently makes independent timesteps")
+@pytest.mark.filterwarnings("ignore:Found no information for attr:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found missing chainIDs:UserWarning")
+def test_some_frames_in_a_file(the_map, suffix, tmp_path):
+    boxes = np.array([[30 + k, 31, 32, 90, 90, 90] for k in range(N)])
+    beads = coarse_grain(dipeptide(N, dimensions=boxes), the_map)
+    u = backmap(beads, GaussianBackmapper(the_map), n_samples=2)
+    ala, path = u.select_atoms("resname ALA"), str(tmp_path / f"atoms.{suffix}")
+    chosen = [3, 4, 9]
+    frames = [(ts.time, ala.positions.copy()) for ts in u.trajectory[chosen]]
+    ala.write(path, frames=u.trajectory[chosen])
+    again = mda.Merge(ala).load_new(path)
+    times, positions = zip(*frames, strict=True)
+    atol = {"xtc": 0.006, "pdb": 0.0006}.get(suffix, 1e-5)
+    np.testing.assert_allclose(again.trajectory.timeseries(order="fac"), positions, atol=atol)
+    if suffix not in ("pdb", "xyz"):
+        lengths = [ts.dimensions[0] for ts in again.trajectory]
+        np.testing.assert_allclose(lengths, [31, 32, 34], rtol=1e-6)
+    if suffix in ("xtc", "trr", "h5md"):  # the others keep no times but a fixed step
+        assert [ts.time for ts in again.trajectory] == list(times)
+
+
 def test_one_frame_source(the_map):
     u = host(coarse_grain(dipeptide(1), the_map), the_map)
     assert [ts.frame for ts in u.trajectory] == [0]
@@ -146,3 +199,12 @@ def test_errors(the_map):
         source.copy().load_new(source, format=BeadReader, cg_map=the_map)
     with pytest.raises(ValueError, match="at least 1"):
         BeadReader(source, cg_map=the_map, n_samples=0)
+    for n_frames in (1, 2):  # MDAnalysis takes a reader of one frame for a list of files
+        reader = coarse_grain(dipeptide(n_frames), the_map).trajectory
+        with pytest.raises(TypeError, match="pass the Universe"):
+            host(reader, the_map)
+    for empty in (universe_from(the_map.beads), universe_from(the_map.beads).atoms):
+        with pytest.raises(ValueError, match="has no frames; load a trajectory"):
+            BeadReader(empty, cg_map=the_map)
+    with pytest.raises(ValueError, match="has no frames; load a trajectory"):
+        coarse_grain(mda.Universe.empty(22), the_map)

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from ase import units
-from MDAnalysis.analysis.base import AnalysisFromFunction
-from MDAnalysis.analysis.rms import RMSD
 from MDAnalysis.exceptions import NoDataError
 from MDAnalysis.lib.mdamath import triclinic_vectors
 from MDAnalysis.transformations import translate
@@ -17,11 +15,12 @@ from systems import flow_of, system
 
 from ccg_ase.checkpoint import save_model
 from ccg_ase.units import thermal_energy
+from ccg_mda.bead_sources import bead_universe
 from ccg_mda.flow import Backmapper
 from ccg_mda.potential import TorchPotential
 from ccg_mda.readers import BeadReader
 from ccg_mda.transformation import Backmap, backmap
-from ccg_mda.universe import bead_universe, coarse_grain, universe_from
+from ccg_mda.universe import coarse_grain, universe_from
 from ccg_mda.weights import log_weights
 
 
@@ -113,17 +112,6 @@ def test_model_calls_are_batched_and_bounded(u_cg):
     u = backmap(u_cg, model, prefetch=1)
     read(u)
     assert len(u.trajectory.transformations[0]._blocks) <= 4
-
-
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize("backend", ["serial", "multiprocessing"])
-def test_rmsd_backends(u_cg, model, backend):
-    u = backmap(u_cg, model, n_samples=2)
-    torch.ones(300, 300) @ torch.ones(300, 300)
-    workers = {} if backend == "serial" else {"n_workers": 2}
-    rmsd = RMSD(u, dipeptide(), select="not name H*").run(backend=backend, **workers)
-    expected = RMSD(backmap(u_cg, model, n_samples=2), dipeptide(), select="not name H*").run()
-    np.testing.assert_array_equal(rmsd.results.rmsd, expected.results.rmsd)
 
 
 def test_energy_forces_and_weight(u_cg, model, potential):
@@ -276,13 +264,6 @@ def test_pickle_opens_no_files(u_cg, model):
     assert not model.mix.is_shared()
 
 
-def test_analysis_from_function(u_cg, model):
-    u = backmap(u_cg, model)
-    centres = AnalysisFromFunction(lambda atoms: atoms.center_of_mass(), u.atoms).run(step=3)
-    assert centres.results.timeseries.shape == (N_FRAMES // 3, 3)
-
-
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_real_backmapper_from_a_file(u_cg, tmp_path):
     the_map = slice_map()
     frames = dipeptide(N_FRAMES).trajectory.timeseries(order="fac")
@@ -301,18 +282,17 @@ def test_real_backmapper_from_a_file(u_cg, tmp_path):
     np.testing.assert_array_equal(
         expected[::2][:, the_map.bead_atoms], u_cg.trajectory.timeseries(order="fac")
     )
-    runs = [
-        RMSD(u, dipeptide()).run(backend=backend, **workers).results.rmsd
-        for backend, workers in (("serial", {}), ("multiprocessing", {"n_workers": 2}))
-    ]
-    np.testing.assert_array_equal(*runs)
+
+
+def test_beads_in_another_order_are_found_by_name(u_cg, model):
+    np.testing.assert_array_equal(
+        read(backmap(u_cg.atoms[[3, 1, 4, 0, 2]], model)), read(backmap(u_cg, model))
+    )
 
 
 def test_errors(u_cg, model):
     with pytest.raises(ValueError, match=r"5 beads, the given AtomGroup has 4"):
         backmap(u_cg.atoms[:4], model)
-    with pytest.raises(ValueError, match=r"beads are ordered NT.*in the order of the model"):
-        backmap(u_cg.atoms[::-1], model)
     with pytest.raises(ValueError, match=r"for 300.* asked for 310"):
         backmap(u_cg, model, temperature_K=310.0)
     with pytest.raises(ValueError, match="potential has 3 atoms, the model 22"):

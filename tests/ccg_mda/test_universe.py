@@ -3,14 +3,14 @@ import warnings
 import MDAnalysis as mda
 import numpy as np
 import pytest
-from ase.io import write
-from molecules import BACKBONE, PDB, dipeptide, slice_map
+from MDAnalysis.lib.mdamath import triclinic_vectors
+from MDAnalysis.transformations import wrap
+from molecules import BACKBONE, PDB, dipeptide
 
 import ccg_mda
 from ccg_ase.mapping import CGMap
 from ccg_ase.topology import Topology
 from ccg_mda.universe import (
-    bead_universe,
     cg_map,
     coarse_grain,
     topology_from,
@@ -96,8 +96,6 @@ def test_torsion_map(u):
         torsion_map(u, {"phi": [*PHI[:3], "name H1"]})
     with pytest.raises(ValueError, match="torsions phi, psi, not beads"):
         coarse_grain(u, torsions)
-    with pytest.raises(ValueError, match="torsions phi, psi, not beads"):
-        bead_universe(np.zeros((1, 2)), torsions)
 
 
 CHI = ["N", "CA", "CB", "HB1"]
@@ -156,6 +154,35 @@ def test_groups(u):
     np.testing.assert_allclose(geometry.apply(x)[1], group.center_of_geometry(), atol=1e-6)
 
 
+def test_one_call_makes_martini_like_beads(u):
+    """One bead per residue and kind where it has atoms: ACE and NME have no side chain."""
+    two = mda.Merge(u.atoms, u.atoms)
+    two.atoms[22:].positions += 30.0
+    beads = {"BB": "name N CA C O", "SC1": "name CB HB*"}
+    the_map = cg_map(two, beads, per="residue")
+    assert the_map.beads.names == ("BB", "BB", "SC1", "BB") * 2
+    assert the_map.beads.resnames == ("ACE", "ALA", "ALA", "NME") * 2
+    expected = [
+        two.atoms[part].select_atoms(f"resname {residue} and ({beads[bead]})").center_of_mass()
+        for part in (slice(22), slice(22, None))
+        for residue, bead in (("ACE", "BB"), ("ALA", "BB"), ("ALA", "SC1"), ("NME", "BB"))
+    ]
+    np.testing.assert_allclose(the_map.apply(two.atoms.positions.astype(float)), expected, 1e-6)
+    np.testing.assert_array_equal(the_map.beads.bonds[:3], [[0, 1], [1, 2], [1, 3]])
+    resids = two.residues.resids.tolist()
+    assert the_map.beads.resids.tolist() == [resids[k] for k in (0, 1, 1, 2, 3, 4, 4, 5)]
+    coarse = coarse_grain(two, the_map)
+    assert coarse.residues.resnames.tolist() == ["ACE", "ALA", "NME"] * 2
+    ends = cg_map(two, {"A": "resname ACE", "E": "resname NME"}, per="molecule")
+    assert ends.beads.names == ("A", "E") * 2
+    with pytest.raises(ValueError, match="'name XX' matches no atoms"):
+        cg_map(two, {"BB": "name CA", "SC1": "name XX"}, per="residue")
+    with pytest.raises(ValueError, match=r"needs {bead name: selection}"):
+        cg_map(two, "name CA", per="residue")
+    with pytest.raises(ValueError, match="'residue' or 'molecule', got 'chain'"):
+        cg_map(two, beads, per="chain")
+
+
 def test_map_of_a_group_counts_from_its_start(u):
     the_map = cg_map(u.select_atoms("resname ALA"), {"CA": "name CA", "CB": "name CB"})
     assert the_map.n_atoms == 10
@@ -190,11 +217,37 @@ def test_coarse_grain(kind):
         np.testing.assert_allclose(
             beads.atoms.velocities, matrix @ source.atoms.velocities, atol=1e-6
         )
-        assert beads.trajectory.ts.has_forces == (kind == "slice")
-        if kind == "slice":
-            np.testing.assert_array_equal(
-                beads.atoms.forces, source.atoms.forces[the_map.bead_atoms]
-            )
+        # Every atom of a residue feels a part of the force on its centre.
+        own = matrix > 0
+        np.testing.assert_allclose(beads.atoms.forces, own @ source.atoms.forces, atol=1e-6)
+
+
+def test_coarse_grain_across_the_box():
+    """Wrapped atom by atom; the centres are those that MDAnalysis finds when it unwraps."""
+    box = np.array([8.0, 9.0, 9.5, 75.0, 82.0, 100.0])
+    u = dipeptide(5, dimensions=box)
+    the_map = cg_map(u, "residue-com")
+    cell = triclinic_vectors(box, dtype=float)
+    for transformation in (None, wrap(u.atoms)):
+        if transformation:
+            u.trajectory.add_transformations(transformation)
+        for ts, coarse in zip(u.trajectory, coarse_grain(u, the_map).trajectory, strict=True):
+            whole = u.atoms.center_of_mass(compound="residues", unwrap=True)
+            apart = (coarse.positions - whole) @ np.linalg.inv(cell)
+            np.testing.assert_allclose(apart, np.round(apart), atol=1e-5)
+            np.testing.assert_array_equal(coarse.dimensions, ts.dimensions)
+            assert coarse.time == ts.time
+    assert np.abs(u.atoms.center_of_mass(compound="residues") - whole).max() > 1
+
+
+def test_coarse_grain_has_no_forces_where_no_map_of_them_exists():
+    u = dipeptide(1, forces=np.ones((1, 22, 3)))
+    matrix = np.zeros((2, 22))
+    matrix[0, 4], matrix[1, [6, 8]] = 1, 0.5
+    assert coarse_grain(u, CGMap.from_matrix(topology_from(u), matrix)).trajectory.ts.has_forces
+    matrix[1, [4, 6, 8]] = 0.5, 0.5, 0
+    shared = CGMap.from_matrix(topology_from(u), matrix)
+    assert not coarse_grain(u, shared).trajectory.ts.has_forces
 
 
 def test_coarse_grain_in_solvent(u):
@@ -210,41 +263,6 @@ def test_coarse_grain_in_solvent(u):
     )
     with pytest.raises(ValueError, match=r"CGMap has 22 atoms.*has 25.*select_atoms"):
         coarse_grain(system, the_map)
-
-
-@pytest.mark.parametrize("suffix", ["traj", "extxyz", "xyz", "xtc", "dcd", "npy"])
-@pytest.mark.filterwarnings("ignore:DCDReader currently makes independent timesteps")
-@pytest.mark.filterwarnings("ignore:No dimensions set for current frame")
-def test_bead_universe(suffix, tmp_path):
-    the_map = slice_map()
-    beads = coarse_grain(dipeptide(5), the_map)
-    expected = beads.trajectory.timeseries(order="fac")
-    path = tmp_path / f"beads.{suffix}"
-    if suffix == "npy":
-        path = expected
-    elif suffix in ("traj", "extxyz"):
-        write(path, [the_map.to_ase(frame) for frame in expected])
-    else:
-        beads.atoms.write(path, frames="all")
-    read = bead_universe(path, the_map)
-    assert tuple(read.atoms.names) == the_map.beads.names
-    np.testing.assert_allclose(read.atoms.masses, the_map.beads.masses)
-    np.testing.assert_array_equal(read.bonds.indices, the_map.beads.bonds)
-    atol = 0.006 if suffix == "xtc" else 1e-4
-    np.testing.assert_allclose(read.trajectory.timeseries(order="fac"), expected, atol=atol)
-
-
-def test_bead_universe_errors(tmp_path):
-    the_map = slice_map()
-    path = tmp_path / "beads.extxyz"
-    write(path, the_map.to_ase(np.zeros((5, 3))))
-    other = CGMap.from_slices(the_map.atoms, [1, 2, 3, 4, 5])
-    with pytest.raises(ValueError, match="use the model that the trajectory was made with"):
-        bead_universe(path, other)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        bead_universe(tmp_path / "nowhere.xtc", the_map)
-    with pytest.raises(ValueError, match=r"\(n_frames, 5, 3\), got \(7, 4, 3\)"):
-        bead_universe(np.zeros((7, 4, 3)), the_map)
 
 
 def test_analyses_of_hydrogen_bonds_and_torsions_work():

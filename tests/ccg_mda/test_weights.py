@@ -2,10 +2,11 @@ import MDAnalysis as mda
 import numpy as np
 import pytest
 from MDAnalysis.exceptions import NoDataError
+from MDAnalysis.transformations.base import TransformationBase
 from scipy import stats
 
+from ccg_mda.pareto import fit_generalised_pareto
 from ccg_mda.weights import (
-    _fit_generalised_pareto,
     effective_sample_size,
     log_mean_exp,
     log_weights,
@@ -64,7 +65,7 @@ def test_log_mean_exp_edges():
 @pytest.mark.parametrize("shape", [-0.3, 0.0, 0.4, 0.7, 1.2])
 def test_fit_recovers_pareto_shape(rng, shape):
     sample = np.sort(stats.genpareto.rvs(shape, scale=2.5, size=20_000, random_state=rng))
-    assert _fit_generalised_pareto(sample) == pytest.approx(shape, abs=0.04)
+    assert fit_generalised_pareto(sample) == pytest.approx(shape, abs=0.04)
 
 
 @pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
@@ -124,6 +125,36 @@ def test_weighted_average_blocks_see_correlation(rng):
     values = np.repeat(rng.normal(size=100), 10)
     _, error = weighted_average(values, np.zeros(1000), n_blocks=100)
     assert error == pytest.approx(values[::10].std(ddof=1) / 10)
+
+
+def test_values_of_weight_zero_do_not_matter():
+    values, log_w = np.array([1.0, 3.0, np.inf, np.nan]), np.array([0.0, 0.0, -np.inf, -np.inf])
+    mean, error = weighted_average(values, log_w)
+    assert mean == 2
+    assert error == pytest.approx(np.sqrt(4 / 3 * 2 / 4))
+
+
+class Weights(TransformationBase):
+    """Gives the frames weights 0, 1, 2, ..."""
+
+    def _transform(self, ts):
+        with np.errstate(divide="ignore"):
+            ts.data["log_weight"] = np.log(float(ts.frame))
+        return ts
+
+
+def test_universe_stands_for_its_weights(tmp_path):
+    u = mda.Universe.empty(1, trajectory=True)
+    u.load_new(np.zeros((6, 1, 3), dtype=np.float32))
+    u.atoms.write(tmp_path / "frames.trr", frames="all")
+    u.load_new(str(tmp_path / "frames.trr"))
+    u.trajectory.add_transformations(Weights())
+    u.trajectory[3]
+    with np.errstate(divide="ignore"):
+        np.testing.assert_array_equal(log_weights(u), np.log(np.arange(6.0)))
+    drawn = resample(u, 15, np.random.default_rng(0))
+    np.testing.assert_array_equal(drawn, np.repeat(np.arange(6), np.arange(6)))
+    assert u.trajectory.frame == 3
 
 
 @pytest.mark.parametrize(

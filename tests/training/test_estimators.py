@@ -6,7 +6,8 @@ import torch
 from linear_gaussian import GaussianBackmapper, LinearGaussian
 
 from ccg_mda.bounds import sandwich
-from ccg_mda.weights import effective_sample_size, log_mean_exp
+from ccg_mda.two_level import TwoLevelWeights
+from ccg_mda.weights import effective_sample_size, log_mean_exp, weighted_average
 from ccg_training.estimators import (
     at_temperature,
     free_energy,
@@ -15,13 +16,20 @@ from ccg_training.estimators import (
     mean_force,
     thermodynamics,
     to_kJ_per_mol,
-    two_level_weights,
     typical,
 )
 from ccg_training.reconstruction import pull_back, pull_back_frames, reconstruct
 
 S, K = 300, 64
+KT = 300.0 * 8.617333262e-5
 DISTORTION = {"shift": 0.08, "scale": 1.04, "bend": 0.06, "stretch": 0.03}
+
+
+def of_arrays(log_weight, free_energy_eV):
+    """Two-level weights of (S, K) samples."""
+    n_states, n_samples = log_weight.shape
+    bead = np.repeat(np.arange(n_states), n_samples)
+    return TwoLevelWeights.combine(log_weight.ravel(), bead, free_energy_eV / KT)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +183,8 @@ def test_samples_without_weight():
     assert np.isfinite(result.energy.value).all()
     assert np.isnan(mean_force(log_weight, rng.normal(size=(2, 6, 4, 3))).error[1]).all()
     assert np.isnan(label_variance(log_weight, np.ones((2, 6, 4, 3)))[1])
-    weights = two_level_weights(log_weight, np.zeros(2), 300.0)
-    assert np.isfinite(weights.average(energy, n_blocks=2)).all()
+    weights = of_arrays(log_weight, np.zeros(2))
+    assert np.isfinite(weights.average(energy.ravel(), n_blocks=2)).all()
     bounds = sandwich(log_weight, rng.normal(size=(2, 1)))
     assert (bounds.lower.value == -np.inf).all()
     warmer = at_temperature(log_weight, energy, 300.0, 320.0)
@@ -278,12 +286,12 @@ def test_two_level_reweighting_is_exact(molecule, flow, wrong_force_field, n_sam
         rng = np.random.default_rng((12, repeat))
         states = draw(800, rng)
         drawn = reconstruct(flow, molecule, states, n_samples, rng, batch_size=4096)
-        weights = two_level_weights(drawn.log_weight, free_energy_model(states), 300.0)
-        estimate = weights.average(drawn.energy)
-        z_scores.append((estimate.value - truth) / estimate.error)
+        weights = of_arrays(drawn.log_weight, free_energy_model(states))
+        mean, error = weights.average(drawn.energy.ravel())
+        z_scores.append((mean - truth) / error)
         plain.append(drawn.energy.mean() - truth)
         exact = molecule.log_partition_all() - log_z_cg
-        assert abs(weights.log_ratio - exact) < 5 / np.sqrt(800 * weights.ess_states)
+        assert abs(weights.log_ratio - exact) < 5 / np.sqrt(800 * weights.ess_beads)
     assert abs(np.mean(z_scores)) < 4 / 5
     assert 0.6 < np.std(z_scores) < 1.5
     assert np.abs(np.mean(plain)) > 3 * np.std(plain) / 5  # without weights it is off
@@ -292,8 +300,13 @@ def test_two_level_reweighting_is_exact(molecule, flow, wrong_force_field, n_sam
 def test_product_of_effective_sample_sizes_is_exact():
     rng = np.random.default_rng(13)
     log_weight, F = rng.normal(size=(50, 8)), rng.normal(size=50) * 0.02
-    weights = two_level_weights(log_weight, F, 300.0)
-    all_of_them = (log_weight + (F / (300.0 * 8.617333262e-5))[:, None]).ravel()
-    assert weights.ess == pytest.approx(effective_sample_size(all_of_them), rel=1e-6)
-    vector = weights.average(rng.normal(size=(50, 8, 3)), n_blocks=5)
-    assert vector.value.shape == vector.error.shape == (3,)
+    weights = of_arrays(log_weight, F)
+    within = np.exp(log_weight) / np.exp(log_weight).sum(1, keepdims=True)
+    square = np.exp(2 * weights.log_bead_weights)
+    harmonic = square.sum() / (square * 8 * (within**2).sum(1)).sum()
+    assert weights.ess_atoms == pytest.approx(harmonic, rel=1e-10)
+    values = rng.normal(size=(50, 8, 3))
+    mean, error = weights.average(values.reshape(400, 3), n_blocks=5)
+    per_bead = (within[..., None] * values).sum(1)
+    expected = weighted_average(per_bead, weights.log_bead_weights, n_blocks=5)
+    np.testing.assert_allclose((mean, error), expected, rtol=1e-12)
