@@ -39,19 +39,22 @@ def section(title: str) -> str:
 def scripts(tmp_path_factory):
     """Run both scripts as a user does; their folder and what each printed."""
     assert MODEL.is_file(), "the example ships without its model"
-    folder, printed = tmp_path_factory.mktemp("example"), {}
-    for name in ("ase_langevin", "mdanalysis_backmap"):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", EXAMPLE / f"{name}.py"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert not done.stderr
-        printed[name] = done.stdout
-    return folder, printed
+    folder = tmp_path_factory.mktemp("example")
+    names = ("ase_langevin", "mdanalysis_backmap")
+    return folder, {name: printed_by(EXAMPLE / f"{name}.py", folder) for name in names}
+
+
+def printed_by(script: Path, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
 
 
 # --- the example ------------------------------------------------------------------------------
@@ -101,6 +104,25 @@ def test_the_mdanalysis_script_weighs_the_atoms(scripts):
         assert ts.data["log_weight"] == pytest.approx(expected)
         on_beads = cg_map.apply(atoms.atoms.positions)
         np.testing.assert_allclose(on_beads, beads[ts.frame // 4], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("ramachandran", ["ramachandran.png"], r"with weights: 0\.\d+ ± 0\.\d+ Å"),
+        ("hydrogen_bonds", [], r"N\(NME3\)-H \.\.\. O\(ACE1\): 0\.\d+ ± "),
+        (
+            "files",
+            ["atoms.xtc", "heavy.xtc"],
+            r"960 weights.* off by (0|\de-1\d|\de-0[6-9]) at",
+        ),
+        ("ensemble", ["ensemble.png"], "wrote"),
+    ],
+)
+def test_the_gallery_runs_on_these_beads(scripts, name, files, message):
+    folder, _ = scripts
+    assert re.search(message, printed_by(ROOT / "examples" / "gallery" / f"{name}.py", folder))
+    assert all((folder / file).stat().st_size > 1000 for file in files)
 
 
 # --- the README -------------------------------------------------------------------------------

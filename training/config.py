@@ -113,6 +113,9 @@ class Mapping(Section):
     weighting: Literal["mass", "geometry"] = Field(
         "mass", description="mass | geometry: centre that a bead of several atoms is at"
     )
+    per: Literal["residue", "molecule"] | None = Field(
+        None, description="residue | molecule: 'beads' are those of every residue (molecule)"
+    )
     beads: dict[str, str] | None = Field(
         None, description="bead name -> MDAnalysis selection, in the order of the beads"
     )
@@ -127,6 +130,8 @@ class Mapping(Section):
                 "give exactly one of 'preset', 'beads' (bead name -> selection) and 'torsions' "
                 "(torsion name -> four selections)"
             )
+        if self.per and not self.beads:
+            raise _fault("'per' goes with 'beads'; take it out")
         return self
 
 

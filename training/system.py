@@ -35,7 +35,8 @@ def mapping_of(config: Config) -> CGMap | TorsionMap:
     mapping, universe = config.mapping, universe_of(config)
     if mapping.torsions:
         return torsion_map(universe, mapping.torsions)
-    return cg_map(universe, mapping.beads or mapping.preset, weighting=mapping.weighting)
+    beads = mapping.beads or mapping.preset
+    return cg_map(universe, beads, per=mapping.per, weighting=mapping.weighting)
 
 
 def placement_of(config: Config, cg_map: CGMap | TorsionMap) -> Placement:

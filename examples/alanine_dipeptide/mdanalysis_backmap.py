@@ -9,19 +9,17 @@ from pathlib import Path
 
 import MDAnalysis as mda
 import numpy as np
-import torch
-from MDAnalysis.analysis.dihedrals import Ramachandran
 from MDAnalysis.analysis.rms import RMSD
 from MDAnalysis.lib.distances import calc_bonds
 
 from ccg_ase import ForceField, load_model
 from ccg_mda import (
     OpenMMPotential,
+    WeightedAverage,
     backmap,
     bead_universe,
-    effective_sample_size,
     log_weights,
-    weighted_average,
+    reweight,
 )
 
 folder = Path(__file__).parent
@@ -31,28 +29,20 @@ pdb = folder / "alanine_dipeptide.pdb"
 potential = OpenMMPotential.from_pdb(pdb, ["amber96.xml", "amber96_obc.xml"])
 beads = bead_universe("beads.extxyz", model)
 u = backmap(beads, model, n_samples=4, potential=potential)  # atoms are placed as frames are read
+log_w = log_weights(u, free_energy=ForceField.from_model(load_model(model)))
+rmsd = RMSD(u, mda.Universe(pdb), select="not element H")
+results = reweight(rmsd, log_w, n_blocks=16).results  # one block per copy of the beads
+print(f"effective sample size {results.effective_sample_size:.2f} of {len(log_w)} frames")
+print(f"RMSD of heavy atoms {results.mean[0]:.3f} ± {results.error[0]:.3f} Å")
 
-phi, psi = Ramachandran(u.select_atoms("resname ALA")).run().results.angles[:, 0].T
-rmsd = RMSD(u, mda.Universe(pdb), select="not element H").run().results.rmsd[:, 2]
+
+def distance(ends: mda.AtomGroup) -> float:
+    return calc_bonds(*ends.positions)
+
+
 ends = u.select_atoms("resname ACE and name O", "resname NME and name H")
-distance = np.array([calc_bonds(*ends.positions) for _ in u.trajectory])
-
-force_field = ForceField.from_model(load_model(model)).double()
-
-
-def free_energy(s):
-    with torch.no_grad():
-        return force_field(torch.from_numpy(s)).numpy()
-
-
-log_w = log_weights(u, free_energy=free_energy, temperature_K=force_field.temperature_K)
-print(f"effective sample size {effective_sample_size(log_w):.2f} of {len(log_w)} frames")
-mean, error = weighted_average(rmsd, log_w, n_blocks=16)  # one block per copy of the beads
-print(f"RMSD of heavy atoms {mean:.3f} ± {error:.3f} Å; {rmsd.mean():.3f} without weights")
-mean, error = weighted_average(distance, log_w, n_blocks=16)
-print(f"O(ACE)-H(NME) {mean:.3f} ± {error:.3f} Å; {distance.mean():.3f} without weights")
-extended = (phi < 0) & (psi > 60)
-mean, error = weighted_average(extended, log_w, n_blocks=16)
-print(f"φ < 0, ψ > 60°: {mean:.3f} ± {error:.3f}; {extended.mean():.3f} without weights")
+for name, weights in (("with", log_w), ("without", np.zeros_like(log_w))):
+    results = WeightedAverage(distance, ends, log_w=weights, n_blocks=16).run().results
+    print(f"O(ACE)-H(NME) {results.mean:.3f} ± {results.error:.3f} Å {name} weights")
 
 u.atoms.write("atoms.h5md", frames="all")  # keeps energies and weights; XTC would lose them

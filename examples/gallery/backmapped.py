@@ -14,9 +14,13 @@ FOLDER = Path(__file__).parents[1] / "alanine_dipeptide"
 MODEL, PDB = FOLDER / "alanine_dipeptide.ccg", FOLDER / "alanine_dipeptide.pdb"
 
 
-def atoms_and_weights(n_samples: int = 4) -> tuple[mda.Universe, np.ndarray]:
-    """Read beads.extxyz in the current folder as atoms; log weights of the whole ensemble."""
+def atoms(n_samples: int = 4) -> mda.Universe:
+    """Read beads.extxyz in the current folder as atoms, with energies."""
     potential = OpenMMPotential.from_pdb(PDB, ["amber96.xml", "amber96_obc.xml"])
     beads = bead_universe("beads.extxyz", MODEL)
-    u = backmap(beads, MODEL, n_samples=n_samples, potential=potential, prefetch=64)
-    return u, log_weights(u, free_energy=ForceField.from_model(load_model(MODEL)))
+    return backmap(beads, MODEL, n_samples=n_samples, potential=potential, prefetch=64)
+
+
+def weights(u: mda.Universe) -> np.ndarray:
+    """Return log weights of the frames in the whole ensemble, not only given their beads."""
+    return log_weights(u, free_energy=ForceField.from_model(load_model(MODEL)))

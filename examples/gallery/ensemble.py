@@ -5,14 +5,14 @@ Lines are bonds, the darker the greater the weight of the structure given the be
 
 import matplotlib
 import numpy as np
-from backmapped import atoms_and_weights
+from backmapped import atoms
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SAMPLES, BEAD_FRAMES = 24, (0, 120)
 
-u, _ = atoms_and_weights(n_samples=SAMPLES)
+u = atoms(SAMPLES)
 figure, axes = plt.subplots(
     1, len(BEAD_FRAMES), figsize=(9, 4.5), subplot_kw={"projection": "3d"}, layout="constrained"
 )
@@ -31,7 +31,7 @@ for axis, bead_frame in zip(axes, BEAD_FRAMES, strict=True):
     axis.plot(*s.T, "o-", color="black", ms=6, lw=2.5)
     axis.set(title=f"bead frame {bead_frame}")
     axis.set_aspect("equal")
-    axis.set_box_aspect(None, zoom=1.5)
+    axis.set_box_aspect(None, zoom=1.25)
     axis.set_axis_off()
 figure.suptitle(f"{SAMPLES} structures on the same beads (black)")
 figure.savefig("ensemble.png", dpi=150)

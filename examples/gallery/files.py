@@ -6,20 +6,19 @@ Any format keeps atoms. H5MD keeps ts.data too, hence energies and weights; XTC 
 
 import MDAnalysis as mda
 import numpy as np
-from backmapped import MODEL, PDB, atoms_and_weights
+from backmapped import MODEL, PDB, atoms, weights
 
 from ccg_ase import ForceField, load_model
-from ccg_mda import log_weights, two_level_weights
+from ccg_mda import two_level_weights
 
-u, log_w = atoms_and_weights()
+u = atoms()
 u.atoms.write("atoms.xtc", frames="all")
 u.atoms.write("atoms.h5md", frames="all")
 u.select_atoms("not element H").write("heavy.xtc", frames=u.trajectory[::4])
 
-force_field = ForceField.from_model(load_model(MODEL))
 again = mda.Universe(PDB, "atoms.h5md")
-read = log_weights(again, free_energy=force_field)
-print(f"{len(read)} weights read back, the largest difference {np.abs(read - log_w).max():.1g}")
-levels = two_level_weights(again, free_energy=force_field)
+read = weights(again)
+print(f"{len(read)} weights read back, off by {np.abs(read - weights(u)).max():.1g} at most")
+levels = two_level_weights(again, ForceField.from_model(load_model(MODEL)))
 print(f"effective sample size: of bead frames {levels.ess_beads:.2f}, of their atoms "
       f"{levels.ess_atoms:.2f}, of all frames {levels.ess:.2f}")  # fmt: skip

@@ -1,13 +1,14 @@
 """Hydrogen bonds of a bead run: beads have no hydrogens, the atoms put on them do."""
 
 import numpy as np
-from backmapped import atoms_and_weights
+from backmapped import atoms, weights
 from MDAnalysis.analysis.hydrogenbonds import HydrogenBondAnalysis
 
 from ccg_mda import reweight
 
-u, log_w = atoms_and_weights()
-for name, weights in (("without weights", np.zeros_like(log_w)), ("with weights", log_w)):
+u = atoms()
+log_w = weights(u)
+for name, given in (("without weights", np.zeros_like(log_w)), ("with weights", log_w)):
     bonds = HydrogenBondAnalysis(
         u,
         donors_sel="element N",
@@ -16,7 +17,7 @@ for name, weights in (("without weights", np.zeros_like(log_w)), ("with weights"
         d_a_cutoff=3.5,
         d_h_a_angle_cutoff=120,
     )
-    found = reweight(bonds, weights, n_blocks=16).results
+    found = reweight(bonds, given, n_blocks=16).results
     print(f"{name}: {found.mean:.3f} ± {found.error:.3f} bonds per frame")
     rows = zip(found.hbonds, found.occupancy, found.occupancy_error, strict=True)
     for (donor, _, acceptor), occupancy, error in rows:

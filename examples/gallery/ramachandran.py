@@ -3,7 +3,7 @@
 import matplotlib
 import MDAnalysis as mda
 import numpy as np
-from backmapped import PDB, atoms_and_weights
+from backmapped import PDB, atoms, weights
 from MDAnalysis.analysis.dihedrals import Ramachandran
 from MDAnalysis.analysis.rms import RMSD
 
@@ -12,17 +12,18 @@ from ccg_mda import reweight
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-u, log_w = atoms_and_weights()
+u = atoms()
+log_w = weights(u)
 same = np.zeros_like(log_w)
 blocks = {"n_blocks": 16}  # one per copy of the beads
 
 residue = u.select_atoms("resname ALA")
 plots = {
-    name: reweight(Ramachandran(residue), weights, bins=30, **blocks)
-    for name, weights in (("without weights", same), ("with weights", log_w))
+    name: reweight(Ramachandran(residue), given, bins=30, **blocks)
+    for name, given in (("without weights", same), ("with weights", log_w))
 }
-for name, weights in (("without weights", same), ("with weights", log_w)):
-    rmsd = reweight(RMSD(u, mda.Universe(PDB), select="not element H"), weights, **blocks).results
+for name, given in (("without weights", same), ("with weights", log_w)):
+    rmsd = reweight(RMSD(u, mda.Universe(PDB), select="not element H"), given, **blocks).results
     print(f"RMSD of heavy atoms {name}: {rmsd.mean[0]:.3f} ± {rmsd.error[0]:.3f} Å")
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True, layout="constrained")

@@ -82,6 +82,12 @@ def test_torsions_and_weighting(write):
         write(head + '[mapping]\npreset = "residue-com"\nweighting = "geometry"\n')
     )
     assert Config.load(write(config.to_toml())) == config
+    beads = '[mapping]\nper = "residue"\n[mapping.beads]\nBB = "backbone"\nSC = "name CB"\n'
+    config = Config.load(write(head + beads))
+    assert config.mapping.per == "residue"
+    assert Config.load(write(config.to_toml())) == config
+    with pytest.raises(ConfigError, match="'per' goes with 'beads'"):
+        Config.load(write(head + '[mapping]\npreset = "ca"\nper = "residue"\n'))
 
 
 @pytest.mark.parametrize(
