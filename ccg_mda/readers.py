@@ -193,18 +193,17 @@ class BeadReader(MappedReader):
         atoms: np.ndarray | None = None,
         **kwargs: Any,
     ) -> None:
-        self._atoms = atoms
+        self._atoms = slice(None) if atoms is None else atoms
         super().__init__(source, n_atoms, **kwargs)
 
     def _sites(self) -> tuple[int, int, str]:
-        n_atoms = self.cg_map.n_atoms if self._atoms is None else len(self._atoms)
-        return self.cg_map.n_beads, n_atoms, "beads"
+        self._bead_of_atom = np.maximum(self.cg_map.owner[self._atoms], 0)
+        return self.cg_map.n_beads, len(self._bead_of_atom), "beads"
 
     def _fill(self, ts: Timestep, source: Timestep) -> None:
         beads = source.positions[self._ix]
         ts.data["beads"] = beads
-        owner = self.cg_map.owner if self._atoms is None else self.cg_map.owner[self._atoms]
-        ts.positions = beads[np.maximum(owner, 0)]
+        ts.positions = beads.take(self._bead_of_atom, axis=0)
         # Forces that a transformation wrote for the previous frame aren't those of this one.
         ts.has_forces = False
 

@@ -20,6 +20,7 @@ from MDAnalysis.lib.mdamath import triclinic_vectors
 from MDAnalysis.transformations.base import TransformationBase
 
 from ccg_ase.units import thermal_energy
+from ccg_mda.bead_checks import BeadCheck
 from ccg_mda.bead_sources import in_model_order
 from ccg_mda.grafting import Graft
 from ccg_mda.potential import Potential
@@ -166,7 +167,7 @@ class Backmap(TransformationBase):
         self.seed = int(seed)
         self.potential = potential
         self.prefetch, self.relax, self.atoms = int(prefetch), int(relax), atoms
-        self._device = tensor.device
+        self._device, self._check = tensor.device, BeadCheck(model.cg_map)
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
 
     def __call__(self, ts: Timestep) -> Timestep:
@@ -215,6 +216,10 @@ class Backmap(TransformationBase):
         number, row = divmod(ts.frame, self.prefetch)
         frame = self._frame(ts)
         box = _cells([frame], frame)
+        try:
+            self._check(frame.beads, None if box is None else box[0])
+        except ValueError as error:
+            raise ValueError(f"frame {ts.frame}: {error}") from None
         block = self._blocks.get(number)
         # One transformation may serve several trajectories: same beads, not only same number.
         if block is None or not block.holds(row, frame.beads, box):

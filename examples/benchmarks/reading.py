@@ -59,8 +59,8 @@ def chain(n_atoms: int, per_bead: int = 15) -> CGMap:
 
 
 def walk(cg_map: CGMap, n_frames: int) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    return rng.normal(scale=5.0, size=(n_frames, cg_map.n_beads, 3)).astype(np.float32)
+    steps = np.random.default_rng(0).normal(scale=1.5, size=(n_frames, cg_map.n_beads, 3))
+    return steps.cumsum(axis=1).astype(np.float32)
 
 
 def seconds_of_a_pass(beads: mda.Universe, model: torch.nn.Module, prefetch: int) -> float:
@@ -72,7 +72,7 @@ def seconds_of_a_pass(beads: mda.Universe, model: torch.nn.Module, prefetch: int
 
 
 def overhead(n_atoms: int) -> None:
-    model, n_frames = CopiesNoise(chain(n_atoms)), 1000
+    model, n_frames = CopiesNoise(chain(n_atoms)), 5000
     beads = bead_universe(walk(model.cg_map, n_frames), model)
     print("| atoms | prefetch | ms per frame | of which the model | overhead |")
     print("| --- | --- | --- | --- | --- |")

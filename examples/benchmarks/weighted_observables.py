@@ -131,7 +131,7 @@ def main() -> None:
         print(f"| {found.bins[k]:.0f} | {' | '.join(row)} |")
     (exact, exact_error), *others = profiles
     for name, (value, error) in zip(("weighted", "unweighted"), others, strict=True):
-        apart = (value - exact)[low]
+        apart = value[low] - exact[low]
         off = apart / np.hypot(error, exact_error)[low]
         print(f"{name}, {low.sum()} bins below {BELOW_KT:.0f} kT: rms "
               f"{np.sqrt(np.mean(apart**2)):.3f} kT; in standard errors mean square "

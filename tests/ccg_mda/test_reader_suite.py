@@ -35,7 +35,7 @@ def topology(bonds):
     )
 
 
-SLICES = CGMap.from_slices(topology([[k, k + 1] for k in range(7)]), [0, 2, 4, 6])
+SLICES = CGMap.from_slices(topology([[k, k + 1] for k in range(0, 8, 2)]), [0, 2, 4, 6])
 PAIRS = CGMap.from_groups(
     topology([[k, k + 1] for k in range(0, 8, 2)]), np.arange(8).reshape(4, 2)
 )

@@ -1,5 +1,7 @@
 import os
 import pickle
+import subprocess
+import sys
 
 import MDAnalysis as mda
 import numpy as np
@@ -279,9 +281,22 @@ def test_real_backmapper_from_a_file(u_cg, tmp_path):
     expected = read(u)
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(read(u, slice(None, None, -9)), expected[::-9])
-    np.testing.assert_array_equal(
-        expected[::2][:, the_map.bead_atoms], u_cg.trajectory.timeseries(order="fac")
-    )
+    beads = u_cg.trajectory.timeseries(order="fac")
+    np.testing.assert_array_equal(expected[::2][:, the_map.bead_atoms], beads)
+    # The same atoms in another Python, which knows nothing but the files.
+    np.save(tmp_path / "beads.npy", beads)
+    subprocess.run([sys.executable, "-c", ANOTHER_PYTHON], cwd=tmp_path, check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "atoms.npy"), expected[7])
+
+
+ANOTHER_PYTHON = """
+import numpy as np
+from ccg_mda import backmap, bead_universe
+
+beads = bead_universe(np.load("beads.npy"), "model.ccg", dt=2.0)
+u = backmap(beads, "model.ccg", n_samples=2)
+np.save("atoms.npy", u.trajectory[7].positions)
+"""
 
 
 def test_beads_in_another_order_are_found_by_name(u_cg, model):
