@@ -119,6 +119,8 @@ class Backmap(TransformationBase):
         Atomistic `Potential`; called once per frame read, never ahead.
     prefetch
         Frames per call of the model. 1 is best if frames are read far apart.
+    temperature_K
+        One that the model was trained for; default its own. Weights are those of this temperature.
     relax
         Steps of minimisation with the potential at fixed beads (`relaxation.relax`).
     atoms
@@ -140,6 +142,7 @@ class Backmap(TransformationBase):
         seed: int = 0,
         potential: Potential | None = None,
         prefetch: int = 16,
+        temperature_K: float | None = None,
         relax: int = 0,
         atoms: np.ndarray | None = None,
     ) -> None:
@@ -151,12 +154,10 @@ class Backmap(TransformationBase):
             )
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, got {prefetch}")
-        if relax < 0 or (relax and potential is None):
-            raise ValueError(
-                f"relax={relax} needs a potential to minimise"
-                if relax > 0
-                else f"relax is a number of steps, got {relax}"
-            )
+        if relax < 0:
+            raise ValueError(f"relax is a number of steps, got {relax}")
+        if relax and potential is None:
+            raise ValueError(f"relax={relax} needs a potential to minimise")
         if atoms is not None and potential is not None:
             raise ValueError(_NO_PART)
         np.random.SeedSequence(seed)  # refuses what isn't a seed
@@ -164,6 +165,7 @@ class Backmap(TransformationBase):
         # CUDA doesn't survive a fork.
         super().__init__(max_threads=1, parallelizable=tensor.device.type == "cpu")
         self.model = model
+        self.temperature_K = model.temperature_K if temperature_K is None else float(temperature_K)
         self.seed = int(seed)
         self.potential = potential
         self.prefetch, self.relax, self.atoms = int(prefetch), int(relax), atoms
@@ -207,7 +209,7 @@ class Backmap(TransformationBase):
             )
             return _Atoms(positions, forces * _KJ_MOL_PER_EV, {"energy": float(energy)})
         energy, forces = self.potential(positions)
-        log_weight = -float(energy) / thermal_energy(self.model.temperature_K) - log_prob
+        log_weight = -float(energy) / thermal_energy(self.temperature_K) - log_prob
         data = {"log_prob": log_prob, "energy": float(energy), "log_weight": log_weight}
         return _Atoms(positions, forces * _KJ_MOL_PER_EV, data)
 
@@ -266,6 +268,7 @@ class Backmap(TransformationBase):
         with torch.no_grad():
             distribution = self.model(
                 torch.tensor(beads, dtype=torch.float64, device=self._device),
+                temperature_K=self.temperature_K,
                 box=None if box is None else torch.tensor(box, device=self._device),
             )
             placed = distribution.positions_and_log_prob_from(noise.to(self._device))
@@ -291,10 +294,10 @@ def backmap(
     seed: int = 0,
     potential: Potential | None = None,
     prefetch: int = 16,
+    temperature_K: float | None = None,
     relax: int = 0,
     only: str | None = None,
     rest: mda.Universe | mda.AtomGroup | None = None,
-    temperature_K: float | None = None,
     transformations: Transformations | Callable[[mda.Universe], Transformations] = (),
 ) -> mda.Universe:
     """Return the atomistic Universe of a bead trajectory; atoms are placed as frames are read.
@@ -309,7 +312,7 @@ def backmap(
         A `Backmapper`, or the path of a model file that holds one.
     n_samples
         Reconstructions per bead frame; frame = bead frame · n_samples + sample.
-    seed, potential, prefetch, relax
+    seed, potential, prefetch, temperature_K, relax
         See `Backmap`.
     only
         Selection of the atoms to reconstruct, e.g. ``"resid 10:20"``. It needs no less time than
@@ -317,8 +320,6 @@ def backmap(
     rest
         With ``only``: all atoms, from the current frame of which the others are taken (`Graft`).
         Without it, the Universe has no others.
-    temperature_K
-        If given, it must be the temperature that the model was trained for.
     transformations
         Applied to every frame after the atoms are placed; or a function that makes them from the
         new Universe, for those that need its atoms: ``lambda u: [wrap(u.atoms)]``.
@@ -346,11 +347,6 @@ def backmap(
         from ccg_mda.flow import Backmapper
 
         model = Backmapper.load(model)
-    if temperature_K is not None and abs(temperature_K - model.temperature_K) > 1e-6:
-        raise ValueError(
-            f"the model is for {model.temperature_K} K, asked for {temperature_K} K; train a model "
-            "at that temperature"
-        )
     require_beads(model.cg_map)
     if only is not None and potential is not None:
         raise ValueError(_NO_PART)
@@ -367,7 +363,13 @@ def backmap(
     beads = in_model_order(u_cg, model.cg_map)
     u.trajectory = BeadReader(beads, cg_map=model.cg_map, n_samples=n_samples, atoms=atoms)
     placed = Backmap(
-        model, seed=seed, potential=potential, prefetch=prefetch, relax=relax, atoms=atoms
+        model,
+        seed=seed,
+        potential=potential,
+        prefetch=prefetch,
+        temperature_K=temperature_K,
+        relax=relax,
+        atoms=atoms,
     )
     after += transformations(u) if callable(transformations) else transformations
     u.trajectory.add_transformations(placed, *after)

@@ -68,10 +68,15 @@ def backmap_file(
     except (ValueError, TypeError) as error:
         raise ValueError(f"can't write {out}: {error}; try the ending .xtc or .pdb") from error
     loaded = load_model(model)
-    backmapper, potential, temperature_K = Backmapper.from_model(loaded), None, None
+    backmapper, potential = Backmapper.from_model(loaded), None
     if config is not None:
         settings = Config.load(config)
         potential, temperature_K = potential_of(settings), settings.system.temperature_K
+        if abs(temperature_K - loaded.temperature_K) > 1e-6:
+            raise ValueError(
+                f"the model is for {loaded.temperature_K} K, asked for {temperature_K} K; train a "
+                "model at that temperature"
+            )
     names = ["cg_frame", "sample", "log_prob"] + ["energy", "log_weight"] * (potential is not None)
     rows: dict[str, list] = {name: [] for name in ("beads", *names)}
     with warnings.catch_warnings():
@@ -84,7 +89,6 @@ def backmap_file(
             n_samples=n_samples,
             seed=seed,
             potential=potential,
-            temperature_K=temperature_K,
         )
         if structure != out:
             universe.atoms.write(str(structure), frames=universe.trajectory[:1])

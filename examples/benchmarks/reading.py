@@ -39,7 +39,9 @@ class CopiesNoise(torch.nn.Module):
         self.seconds += time.process_time() - start
         return noise
 
-    def forward(self, beads: torch.Tensor, *, box: torch.Tensor | None = None) -> CopiesNoise:
+    def forward(
+        self, beads: torch.Tensor, *, temperature_K: float, box: torch.Tensor | None
+    ) -> CopiesNoise:
         self.beads = beads
         return self
 

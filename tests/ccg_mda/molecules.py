@@ -51,6 +51,8 @@ class GaussianBackmapper(torch.nn.Module):
     def forward(self, beads, *, temperature_K=None, box=None):
         assert beads.dtype == torch.float64
         assert torch.get_num_threads() == 1
+        if temperature_K not in (None, self.temperature_K):
+            raise ValueError(f"holds at {self.temperature_K} K, not at {temperature_K} K")
         self.n_rows += beads.shape[0]
         centred = (beads - beads.mean(-2, keepdim=True)).flatten(-2)
         shift = torch.tanh(centred @ self.mix) @ self.back

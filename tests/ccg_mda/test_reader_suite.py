@@ -49,7 +49,7 @@ class Midpoints(torch.nn.Module):
     def sample_noise(self, rng):
         return torch.zeros(0)
 
-    def forward(self, beads, *, box=None):
+    def forward(self, beads, *, temperature_K, box=None):
         self.beads = beads
         return self
 

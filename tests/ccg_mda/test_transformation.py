@@ -131,6 +131,22 @@ def no_energy(x):
     return x.sum() * np.inf
 
 
+def test_weights_at_another_temperature_of_the_model(u_cg, potential):
+    frames = torch.tensor(dipeptide(N_FRAMES).trajectory.timeseries(order="fac"))
+    flow = Backmapper.from_data(slice_map(), 300.0, frames, temperatures_K=(250.0, 450.0))
+    hot = backmap(u_cg, flow, potential=potential, temperature_K=400.0, prefetch=1)
+    for ts in hot.trajectory[::9]:
+        placed = flow(torch.tensor(ts.data["beads"]).double()[None], temperature_K=400.0)
+        noise = flow.sample_noise(np.random.default_rng([0, ts.frame, 0]))[None]
+        with torch.no_grad():
+            _, log_prob = placed.positions_and_log_prob_from(noise)
+        assert ts.data["log_prob"] == pytest.approx(log_prob.item(), abs=1e-9)
+        expected = -ts.data["energy"] / thermal_energy(400.0) - log_prob.item()
+        assert ts.data["log_weight"] == pytest.approx(expected, abs=1e-8)
+    with pytest.raises(ValueError, match="500 K was asked for"):
+        backmap(u_cg, flow, temperature_K=500.0)
+
+
 def test_clash_has_weight_zero(u_cg, model):
     ts = backmap(u_cg, model, potential=TorchPotential(no_energy, 22)).trajectory.ts
     assert ts.data["energy"] == np.inf
@@ -308,7 +324,7 @@ def test_beads_in_another_order_are_found_by_name(u_cg, model):
 def test_errors(u_cg, model):
     with pytest.raises(ValueError, match=r"5 beads, the given AtomGroup has 4"):
         backmap(u_cg.atoms[:4], model)
-    with pytest.raises(ValueError, match=r"for 300.* asked for 310"):
+    with pytest.raises(ValueError, match=r"holds at 300.* not at 310"):
         backmap(u_cg, model, temperature_K=310.0)
     with pytest.raises(ValueError, match="potential has 3 atoms, the model 22"):
         backmap(u_cg, model, potential=TorchPotential(harmonic, 3))
