@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "alanine_dipeptide"
 MODEL, PDB = FOLDER / "alanine_dipeptide.ccg", FOLDER / "alanine_dipeptide.pdb"
 
 
-def atoms(n_samples: int = 4) -> mda.Universe:
+def atoms(n_samples: int = 2) -> mda.Universe:
     """Read beads.extxyz in the current folder as atoms, with energies."""
     potential = OpenMMPotential.from_pdb(PDB, ["amber96.xml", "amber96_obc.xml"])
     beads = bead_universe("beads.extxyz", MODEL)
