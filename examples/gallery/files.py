@@ -13,10 +13,10 @@ from ccg_mda import two_level_weights
 
 u = atoms()
 u.atoms.write("atoms.xtc", frames="all")
-u.atoms.write("atoms.h5md", frames="all")
+u.atoms.write("weighted.h5md", frames="all")
 u.select_atoms("not element H").write("heavy.xtc", frames=u.trajectory[::4])
 
-again = mda.Universe(PDB, "atoms.h5md")
+again = mda.Universe(PDB, "weighted.h5md")
 read = weights(again)
 print(f"{len(read)} weights read back, off by {np.abs(read - weights(u)).max():.1g} at most")
 levels = two_level_weights(again, ForceField.from_model(load_model(MODEL)))
