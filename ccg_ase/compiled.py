@@ -162,7 +162,8 @@ class _Compiled:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not self._fits(inputs):
             return self._kernel(*inputs)
-        return tuple(self._run([x.contiguous() for x in inputs]))
+        # Some outputs of compiled code are memory that its next call writes again.
+        return tuple(x.clone() for x in self._run([x.contiguous() for x in inputs]))
 
     def _fits(self, inputs: tuple[Tensor, ...]) -> bool:
         """Tell whether the inputs are as in the example: the compiled code checks nothing."""

@@ -307,6 +307,27 @@ def test_traced_encoder_is_the_encoder_without_scatter_or_small_products(dynamic
     assert not called & {operation.default for operation in unwanted}
 
 
+class Steep(nn.Module):
+    """Energies of rows and their gradient: an output that compiled code keeps and writes again."""
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energies = x.sin().square().sum(-1)
+            (gradient,) = torch.autograd.grad(energies.sum(), x)
+        return energies.detach(), -gradient
+
+
+def test_results_of_a_call_outlive_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("CCG_CACHE", str(tmp_path))
+    x = torch.rand(8, 5, dtype=torch.float64)
+    kernel = compiled.compile_ahead(Steep(), (x,), label="steep")
+    assert not isinstance(kernel, Steep)
+    first = kernel(x)
+    kernel(x + 1)
+    torch.testing.assert_close(first, Steep()(x), rtol=1e-12, atol=1e-12)
+
+
 class Tiles(nn.Module):
     """Products of 3 x n with n x 3, whose code inductor lets write past a buffer's end."""
 
