@@ -16,7 +16,6 @@ import torch
 from ase import units
 from MDAnalysis.coordinates.timestep import Timestep
 from MDAnalysis.exceptions import NoDataError
-from MDAnalysis.lib.mdamath import triclinic_vectors
 from MDAnalysis.transformations.base import TransformationBase
 
 from ccg_ase.units import thermal_energy
@@ -26,7 +25,8 @@ from ccg_mda.grafting import Graft
 from ccg_mda.potential import Potential
 from ccg_mda.readers import BeadFrame, BeadReader
 from ccg_mda.relaxation import relax
-from ccg_mda.universe import require_beads, universe_from
+from ccg_mda.universe import require_beads, select_indices, universe_from
+from ccg_mda.whole_beads import periodic_cell
 
 if TYPE_CHECKING:
     from ccg_mda.flow import Backmapper
@@ -73,12 +73,7 @@ def _cells(frames: Sequence[BeadFrame], own: BeadFrame) -> np.ndarray | None:
     if own.dimensions is None:
         return None
     boxes = [own.dimensions if f.dimensions is None else f.dimensions for f in frames]
-    with np.errstate(invalid="ignore"):
-        cells = np.stack([triclinic_vectors(box, dtype=np.float64) for box in boxes])
-    flat = np.linalg.det(cells) <= 0
-    if flat.any():
-        raise ValueError(f"{boxes[int(flat.argmax())]} is no periodic box (Å, degrees)")
-    return cells
+    return np.stack([periodic_cell(box) for box in boxes])
 
 
 class Backmap(TransformationBase):
@@ -377,10 +372,7 @@ def backmap(
 
 
 def _select(u: mda.Universe, only: str) -> mda.AtomGroup:
-    try:
-        part = u.select_atoms(only)
-    except mda.SelectionError as error:
-        raise ValueError(f"only={only!r} is no selection of MDAnalysis ({error})") from error
+    part = u.atoms[select_indices(u.atoms, only)]
     if not part:
         raise ValueError(
             f"only={only!r} selects no atoms; residues here are {u.residues.resids[0]} to "

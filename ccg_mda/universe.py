@@ -79,7 +79,7 @@ def cg_map(
         groups = _groups(atoms, topology, beads)
     else:
         selections = list(beads.values() if isinstance(beads, Mapping) else beads)
-        groups = [_select(atoms, selection) for selection in selections]
+        groups = [select_indices(atoms, selection) for selection in selections]
         for selection, group in zip(selections, groups, strict=True):
             if not group:
                 raise ValueError(
@@ -128,7 +128,7 @@ def torsion_map(
     for name, selections in torsions.items():
         if len(selections) != 4:
             raise ValueError(f"torsion {name!r} needs four selections, got {len(selections)}")
-        groups = [_select(atoms, selection) for selection in selections]
+        groups = [select_indices(atoms, selection) for selection in selections]
         for selection, group in zip(selections, groups, strict=True):
             if len(group) != 1:
                 raise ValueError(
@@ -151,7 +151,7 @@ def _groups(atoms: mda.AtomGroup, topology: Topology, beads: str) -> list[list[i
         unit = _unit_of_atom(atoms, topology, beads.removesuffix("-com"))
         return _split([list(range(len(atoms)))], unit)[1]
     selection = _SLICE_PRESETS.get(beads, beads)
-    return [[i] for i in _select(atoms, selection)]
+    return [[i] for i in select_indices(atoms, selection)]
 
 
 def _unit_of_atom(atoms: mda.AtomGroup, topology: Topology, per: str) -> np.ndarray:
@@ -173,8 +173,8 @@ def _split(groups: list[list[int]], unit: np.ndarray) -> tuple[list[int], list[l
     return [kind for _, kind in keys], [pieces[key] for key in keys]
 
 
-def _select(atoms: mda.AtomGroup, selection: str) -> list[int]:
-    """Return indices within ``atoms`` rather than within its Universe."""
+def select_indices(atoms: mda.AtomGroup, selection: str) -> list[int]:
+    """Return what a selection matches, as indices within ``atoms``, or say why it is none."""
     try:
         selected = atoms.select_atoms(selection)
     except mda.SelectionError as error:

@@ -13,6 +13,21 @@ _LONGEST_BOND = 0.4  # box lengths; at 0.5 the nearest image is a toss-up
 _WIDEST_BEAD = 0.5  # box lengths, of a bead of several molecules
 
 
+def periodic_cell(dimensions: np.ndarray) -> np.ndarray:
+    """Return the vectors of a box (6,), in Å and degrees, as rows, (3, 3) float64 in Å.
+
+    Raises
+    ------
+    ValueError
+        If it has no volume.
+    """
+    with np.errstate(invalid="ignore"):
+        cell = triclinic_vectors(dimensions, dtype=np.float64)
+    if np.linalg.det(cell) <= 0:
+        raise ValueError(f"{dimensions} is no periodic box (Å, degrees)")
+    return cell
+
+
 class WholeBeads:
     """Choose the periodic images of atoms so that every bead is in one piece.
 
@@ -64,10 +79,7 @@ class WholeBeads:
         ValueError
             If the box has no volume, or is too small to tell which images belong together.
         """
-        with np.errstate(invalid="ignore"):
-            cell = triclinic_vectors(dimensions, dtype=np.float64)
-        if np.linalg.det(cell) <= 0:
-            raise ValueError(f"{dimensions} is no periodic box (Å, degrees)")
+        cell = periodic_cell(dimensions)
         scaled = positions @ np.linalg.inv(cell)
         steps = -np.round(scaled[self._order] - scaled[self._before])
         # Each step moves all atoms that the walk reaches through it: a sum along the walk, less

@@ -23,7 +23,6 @@ from ccg_mda import (
     WeightedAverage,
     backmap,
     bead_universe,
-    log_weights,
     reweight,
     two_level_weights,
     universe_from,
@@ -93,8 +92,8 @@ def main() -> None:
         potential=system.potential,
         prefetch=64,
     )
-    log_w = log_weights(u, free_energy=force_field)
     levels = two_level_weights(u, free_energy=force_field)
+    log_w = levels.log_w
     print(f"effective sample size: beads {levels.ess_beads:.3f}, atoms {levels.ess_atoms:.3f}, "
           f"product {levels.ess:.3f}")  # fmt: skip
     md = universe_from(loaded.cg_map.atoms, reference.positions.astype(np.float32), dt=1.0)

@@ -17,8 +17,8 @@ u.atoms.write("weighted.h5md", frames="all")
 u.select_atoms("not element H").write("heavy.xtc", frames=u.trajectory[::4])
 
 again = mda.Universe(PDB, "weighted.h5md")
-read = weights(again)
-print(f"{len(read)} weights read back, off by {np.abs(read - weights(u)).max():.1g} at most")
 levels = two_level_weights(again, ForceField.from_model(load_model(MODEL)))
+read = levels.log_w
+print(f"{len(read)} weights read back, off by {np.abs(read - weights(u)).max():.1g} at most")
 print(f"effective sample size: of bead frames {levels.ess_beads:.2f}, of their atoms "
       f"{levels.ess_atoms:.2f}, of all frames {levels.ess:.2f}")  # fmt: skip
