@@ -19,6 +19,8 @@ _HOME = {
     "StructureReference": "structure",
     "StructureReport": "structure_report",
     "TorchPotential": "potential",
+    "TorchSystem": "torch_system",
+    "TorchSystemPotential": "torch_potential",
     "TwoLevelWeights": "two_level",
     "WeightedAverage": "averages",
     "backmap": "transformation",
