@@ -128,6 +128,17 @@ class Bijection(nn.Module):
         noise = self.base.sample(rng, shape, *(mask.cpu().numpy() for mask in masks))
         return noise[..., self.active.cpu()]
 
+    def log_base(self, noise: Tensor) -> Tensor:
+        """Return the log-density, (*shape,), of base noise (*shape, n_dof); of `sample_noise`."""
+        slots = self.by_slot(noise.reshape(-1, self.n_dof))
+        masks = (self.normal_dof, self.rotor_dof, self.coordinates.charted)
+        return self.base.log_density(slots, *masks).reshape(noise.shape[:-1])
+
+    @property
+    def circular_noise(self) -> Tensor:
+        """Which of the noise variables are angles, periodic on [-π, π); boolean, (n_dof,)."""
+        return self.rotor_dof[self.active]
+
     def by_slot(self, noise: Tensor) -> Tensor:
         """Return noise (batch, n_dof) as (batch, n_slots, 3), zero where there is none."""
         where = torch.nonzero(self.active.flatten())[:, 0]

@@ -229,6 +229,14 @@ class Base:
         wide = (each * widened).sum((-1, -2)) + math.log(self.weight)
         return torch.logaddexp(wide, torch.full_like(wide, math.log1p(-self.weight)))
 
+    def log_density(
+        self, noise: Tensor, normal: Tensor, circular: Tensor, widened: Tensor
+    ) -> Tensor:
+        """Return the log-density, (...), of noise (..., n_slots, 3); masks as in `sample`."""
+        narrow = -0.5 * (noise.square() * normal).sum((-1, -2))
+        constant = _LOG_2PI * (0.5 * normal.sum() + circular.sum())
+        return narrow - constant + self.log_ratio(noise, widened)
+
     def sample(
         self,
         rng: np.random.Generator,

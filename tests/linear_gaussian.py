@@ -127,7 +127,21 @@ class LinearGaussian:
         return self.cg_map.apply(self.sample(n, rng))
 
 
-class GaussianBackmapper(torch.nn.Module):
+class NormalNoise(torch.nn.Module):
+    """The part of a backmapper's interface that is about its noise: n_dof standard normals."""
+
+    def sample_noise(self, rng, shape=()):
+        return torch.from_numpy(rng.standard_normal((*shape, self.n_dof)))
+
+    def log_base(self, noise):
+        return -0.5 * (noise**2).sum(-1) - 0.5 * self.n_dof * np.log(2 * np.pi)
+
+    @property
+    def circular_noise(self):
+        return torch.zeros(self.n_dof, dtype=torch.bool)
+
+
+class GaussianBackmapper(NormalNoise):
     """p(x|s) of a `LinearGaussian`, exact or distorted in units of its own standard deviations.
 
     In whitened coordinates y of p(.|s), q is Gaussian with mean t(s) and variance c(s)² per
@@ -158,9 +172,6 @@ class GaussianBackmapper(torch.nn.Module):
         if temperature_K not in (None, self.temperature_K):
             raise ValueError("this Gaussian holds at one temperature")
         return GaussianDistribution(self, beads)
-
-    def sample_noise(self, rng, shape=()):
-        return torch.from_numpy(rng.standard_normal((*shape, self.n_dof)))
 
     # Closed forms; per whitened dimension p = N(0, 1) and q = N(t, c²).
 
@@ -211,8 +222,7 @@ class GaussianDistribution:
 
     def _log_prob_of(self, noise):
         log_det = model_log_det(self.model) + self.model.n_dof * torch.log(self.c)
-        d = self.model.n_dof
-        return -0.5 * (noise**2).sum(-1) - 0.5 * d * np.log(2 * np.pi) - log_det
+        return self.model.log_base(noise) - log_det
 
     def positions_from(self, noise):
         return self.positions_and_log_prob_from(noise)[0]

@@ -24,13 +24,13 @@ from ccg_mda.bounds import Estimate, log_partition, n_samples, normalised_weight
 KJ_PER_MOL_PER_EV = units.mol / units.kJ
 
 
-def _error(influence: np.ndarray) -> np.ndarray:
+def linearised_error(influence: np.ndarray) -> np.ndarray:
     """Linearised standard error sqrt(K/(K-1) Σ_k ψ_k²) of influences (S, K, ...)."""
     K = n_samples(influence)
     return np.sqrt(K / (K - 1) * (influence**2).sum(1))
 
 
-def _weighted(log_weight: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def weighted_mean(log_weight: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weighted mean over samples, (S, ...), and influences w̄ (v - mean), (S, K, ...).
 
     NaN where no sample has weight; an infinite energy of weight zero counts for nothing.
@@ -68,8 +68,8 @@ def mean_force(log_weight: np.ndarray, labels: np.ndarray) -> Estimate:
     Estimate
         Shape and unit of a label per state.
     """
-    value, influence = _weighted(log_weight, labels)
-    return Estimate(value, _error(influence))
+    value, influence = weighted_mean(log_weight, labels)
+    return Estimate(value, linearised_error(influence))
 
 
 def label_variance(log_weight: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ def label_variance(log_weight: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Σ_k w̄_k (f_k - f)² / (1 - Σ_k w̄_k²), averaged over components; it reads too low where the
     effective sample size is a few percent.
     """
-    _, influence = _weighted(log_weight, labels)
+    _, influence = weighted_mean(log_weight, labels)
     weight = normalised_weights(log_weight)
     with np.errstate(divide="ignore", invalid="ignore"):
         components = tuple(range(2, influence.ndim))
@@ -121,13 +121,13 @@ def thermodynamics(
         Temperature of the weights; for another one, pass the weights of `at_temperature`.
     """
     F = free_energy(log_weight, temperature_K)
-    U, influence = _weighted(log_weight, energy)
+    U, influence = weighted_mean(log_weight, energy)
     kT = thermal_energy(temperature_K)
     of_log_z = normalised_weights(log_weight) - 1 / log_weight.shape[1]
     entropy = Estimate(
-        (U - F.value) / temperature_K, _error(influence + kT * of_log_z) / temperature_K
+        (U - F.value) / temperature_K, linearised_error(influence + kT * of_log_z) / temperature_K
     )
-    return Thermodynamics(F, Estimate(U, _error(influence)), entropy)
+    return Thermodynamics(F, Estimate(U, linearised_error(influence)), entropy)
 
 
 def at_temperature(

@@ -154,7 +154,7 @@ def pull_back_frames(
                     "off: the backmapper doesn't cover it (another molecule, mirror image or "
                     "broken frame); leave it out, or train the flow on it"
                 )
-    stored = _Replay(energy, forces)
+    stored = Replay(energy, forces)
     samples = pull_back(
         backmapper, stored, beads.numpy(), torch.cat(noise)[None], batch_size=batch_size
     )
@@ -242,13 +242,14 @@ def read_samples(
     )
 
 
-class _Replay:
+class Replay:
     """Stored energies and forces, handed out in order as a potential would."""
 
     def __init__(self, energy: np.ndarray, forces: np.ndarray) -> None:
         self.energy, self.forces, self.next = np.asarray(energy), np.asarray(forces), 0
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return energies and forces of the next ``len(positions)`` frames."""
         part = slice(self.next, self.next + len(positions))
         self.next = part.stop
         return self.energy[part], self.forces[part]
