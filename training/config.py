@@ -227,8 +227,16 @@ class ForceField(Section):
 class Dynamics(Section):
     """Bead dynamics that sample the ensemble of the force field."""
 
-    driver: Literal["LangevinBAOAB", "Langevin"] = Field(
-        "LangevinBAOAB", description="LangevinBAOAB | Langevin (ASE)"
+    driver: Literal["replica-exchange", "LangevinBAOAB", "Langevin"] = Field(
+        "replica-exchange",
+        description="replica-exchange | LangevinBAOAB | Langevin (the latter two: ASE's)",
+    )
+    hot_temperature_K: PositiveFloat = Field(
+        600.0, description="replica-exchange: top of the ladder; barriers of F cost nothing here"
+    )
+    rungs: int = Field(4, ge=2, description="replica-exchange: temperatures of the ladder")
+    exchange_every: PositiveInt = Field(
+        50, description="replica-exchange: steps between attempts to exchange"
     )
     timestep_fs: PositiveFloat = Field(4.0, description="bead time step")
     friction_per_ps: PositiveFloat = Field(1.0, description="Langevin friction")
@@ -242,6 +250,8 @@ class Dynamics(Section):
         for name in ("n_steps", "n_final_steps"):
             if getattr(self, name) % self.save_every:
                 raise _fault(f"{name} must be a multiple of save_every = {self.save_every}")
+        if self.driver == "replica-exchange" and self.replicas % self.rungs:
+            raise _fault(f"replicas must be a multiple of rungs = {self.rungs}")
         return self
 
 
@@ -264,6 +274,26 @@ class Cycle(Section):
     n_report: PositiveInt = Field(2000, description="bead states of the final ensemble")
     n_report_samples: PositiveInt = Field(8, description="reconstructions of each of them")
     n_held_out: PositiveInt = Field(100, description="held-out states of the final check")
+    n_held_out_samples: PositiveInt = Field(200, description="reconstructions of each of them")
+
+
+class Stop(Section):
+    """When the loop ends before its last turn: budgets, and targets at states not yet labelled."""
+
+    max_calls: PositiveInt | None = Field(
+        None, description="energy calls in all, reference data and final check included"
+    )
+    max_hours: PositiveFloat | None = Field(
+        None, description="wall time: a turn that may not fit into it isn't begun"
+    )
+    target_accepted: float = Field(
+        0.9, gt=0, le=1, description="share of new states with labels from plain weights"
+    )
+    target_ess: float = Field(0.5, gt=0, le=1, description="mean effective sample size at them")
+    target_error_kT: PositiveFloat = Field(
+        0.2, description="error of F there before they are labelled"
+    )
+    patience: PositiveInt = Field(2, description="turns without gain that end the loop")
 
 
 class Run(Section):
@@ -287,6 +317,7 @@ class Config(Section):
     force_field: ForceField = ForceField()
     dynamics: Dynamics = Dynamics()
     cycle: Cycle = Cycle()
+    stop: Stop = Stop()
     run: Run = Run()
 
     @model_validator(mode="after")

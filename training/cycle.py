@@ -4,17 +4,18 @@ Every stage reads what earlier ones left in the run directory and leaves its own
 
     reference.npz                     atomistic frames
     iteration_0/                      flow by likelihood and coordinates, labels, first force field
-    iteration_k/dynamics/beads.dcd    bead ensemble of the previous force field, through ASE
-    iteration_k/samples.npz           its reconstructions, through MDAnalysis, with energies
-    iteration_k/labels.npz            ln Z(s) and mean forces at new s
-    iteration_k/model.ccg             flow and force field after the refit
-    final_k/                          the same once more with the last models: what is reported
+    iteration_k/dynamics/beads.dcd    bead ensemble of the force field of turn k - 1
+    iteration_k/samples.npz           reconstructions at chosen states, with energies
+    iteration_k/labels.npz            ln Z(s) and mean forces there
+    iteration_k/model.ccg             the better flow and force field of before and after the refit
+    final_k/                          fine-tuned models, and what is reported of them
     model.ccg, report_data.npz, report.html, metrics.jsonl, state.json
 
 Where torsions are the coarse variables there is no bead force field to iterate with: the flow is
 fitted to likelihood and forces, F(s) and mean forces are labelled in iteration_0, and that is all.
 
 Resuming skips the stages whose record is in ``state.json`` and repeats the one that was cut off.
+The loop ends as `stopping` decides; with larger budgets or more turns, resuming goes on with it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from .progress import Progress, Stage
 from .reference import ReferenceData, reference_data, trajectory_of
 from .report import write_report
 from .stages import Metrics, Stages
+from .stopping import Stop, calls_left, stop
+from .turn_check import check_turn
 from .workspace import Workspace
 
 
@@ -89,19 +92,22 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
     run("labels on frames", learning.label_frames, k=0)
     run("force field", learning.refit_force_field, k=0)
     run("flow: forces", learning.fit_forces, k=0)
-    dynamics, last = workspace.config.dynamics, workspace.config.cycle.iterations
-    for k in range(1, last + 1):
-        folder, steps = workspace.iteration(k), dynamics.n_steps
-        run("bead dynamics", exploring.sample_beads, k, k=k - 1, folder=folder, n_steps=steps)
-        run("reconstruction", exploring.label_states, k, k=k)
+    k, n_steps = 0, workspace.config.dynamics.n_steps
+    while (end := stop(workspace.config, stages.records, k)) is None:
+        k += 1
+        folder, left = workspace.iteration(k), calls_left(workspace.config, stages.records)
+        run("bead dynamics", exploring.sample_beads, k, k=k, folder=folder, n_steps=n_steps)
+        run("labels at new states", exploring.label_states, k, k=k, max_calls=left)
         run("flow", learning.fit_forces, k, k=k)
         run("labels on frames", learning.label_frames, k, k=k)
         run("force field", learning.refit_force_field, k, k=k)
-    folder, steps = workspace.final, dynamics.n_final_steps
-    run("final bead dynamics", exploring.sample_beads, last, k=last, folder=folder, n_steps=steps)
-    run("final reconstruction", exploring.reconstruct_ensemble, last)
-    run("held-out check", exploring.check_held_out, last)
-    run("report", _write_report, last, records=stages.records)
+        run("turn check", check_turn, k, k=k)
+    run("end of the loop", _end_loop, k, end=end, progress=progress)
+    run("fine-tuning", learning.fine_tune, k, k=k)
+    run("final bead dynamics", exploring.sample_final_beads, k, k=k)
+    run("final reconstruction", exploring.reconstruct_ensemble, k, k=k)
+    run("held-out check", exploring.check_held_out, k, k=k)
+    run("report", _write_report, k, k=k, records=stages.records)
 
 
 def _get_reference(workspace: Workspace, stage: Stage) -> Metrics:
@@ -132,28 +138,36 @@ def _check_data(workspace: Workspace, stage: Stage, progress: Progress) -> Metri
     return {"findings": {f.title: f"{f.level}: {f.detail}" for f in findings}}
 
 
-def _write_model(workspace: Workspace, stage: Stage, records: list[Metrics]) -> Metrics:
-    """Write the final model with its figures."""
+def _end_loop(workspace: Workspace, stage: Stage, end: Stop, progress: Progress) -> Metrics:
+    """Put the reason for the end of the loop on record."""
+    del workspace, stage
+    progress.message(f"the loop ends ({end.reason}): {end.sentence}")
+    return {"reason": end.reason, "told": end.sentence}
+
+
+def _write_model(
+    workspace: Workspace, stage: Stage, records: list[Metrics], k: int | None = None
+) -> Metrics:
+    """Write the final model with its figures; k is the last turn, None where there is no loop."""
     del stage
-    last = 0 if workspace.by_torsions else workspace.config.cycle.iterations
     figures = {
         f"{record['stage']}: {name}": record[name]
         for record in records
-        if record["iteration"] == last
+        if record["iteration"] == (k or 0)
         for name in record
         if name.startswith(("ess", "label_variance", "variance_ratio", "lnZ_gap", "nll"))
     }
-    model = workspace.model(last)
+    model = workspace.model(0) if k is None else workspace.final_model(k)
     parts: dict[str, nn.Module] = {"backmapper": Backmapper.from_model(model)}
-    if not workspace.by_torsions:
+    if k is not None:
         parts["force_field"] = ForceField.from_model(model)
     workspace.save(workspace.directory / "model.ccg", parts, figures)
     return {}
 
 
-def _write_report(workspace: Workspace, stage: Stage, records: list[Metrics]) -> Metrics:
+def _write_report(workspace: Workspace, stage: Stage, records: list[Metrics], k: int) -> Metrics:
     """Write the final model with its figures, and the report."""
-    _write_model(workspace, stage, records)
-    evaluation.report_data(workspace, records).save(workspace.directory / "report_data.npz")
+    _write_model(workspace, stage, records, k)
+    evaluation.report_data(workspace, records, k).save(workspace.directory / "report_data.npz")
     write_report(workspace.directory)
     return {}

@@ -179,30 +179,31 @@ def held_out_check(
     return arrays, figures
 
 
-def report_data(workspace: Workspace, records: list[Metrics]) -> ReportData:
+def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportData:
     """Collect the arrays behind the report of a finished run, and the records of its stages."""
-    config, cg_map, final = workspace.config, workspace.cg_map, workspace.final
+    config, cg_map, final = workspace.config, workspace.cg_map, workspace.final(k)
     train, held_out = workspace.data
     reference = cg_map.apply(np.concatenate([train.positions, held_out.positions]))
     visited = dcd_frames(final / "dynamics" / "beads.dcd")
     samples = Samples.load(final / "samples.npz")
-    levels = two_levels(samples, ForceField.from_model(workspace.last_model))
+    levels = two_levels(samples, ForceField.from_model(workspace.final_model(k)))
     log_weights = levels.log_w
     kept = np.isfinite(log_weights)
     check = read_npz(final / "held_out.npz")
     ess, iteration, rare = [], [], []
-    for k in range(1, config.cycle.iterations + 1):
-        labelled = Samples.load(workspace.iteration(k) / "samples.npz")
+    for turn in range(1, k + 1):
+        labelled = Samples.load(workspace.iteration(turn) / "samples.npz")
         ess.append(effective_sample_size(labelled.log_weight, axis=1))
-        iteration.append(np.full(len(ess[-1]), k))
+        iteration.append(np.full(len(ess[-1]), turn))
         rare.append(rare_states(labelled.beads, reference, cg_map))
     of_beads = {"reference": reference, "beads": visited}
-    internals = {k: internal_coordinates(v, cg_map.beads) for k, v in of_beads.items()}
+    internals = {name: internal_coordinates(v, cg_map.beads) for name, v in of_beads.items()}
     names = cg_map.beads.names
     shown = int(np.argmax(effective_sample_size(samples.log_weight, axis=1)))
     chain = cg_map.beads.dihedrals()[:2]
     atom_torsions = np.repeat(torsions(samples.beads, cg_map), samples.energy.shape[1], axis=0)
-    replicas = config.dynamics.replicas
+    rungs = config.dynamics.rungs if config.dynamics.driver == "replica-exchange" else 1
+    replicas = config.dynamics.replicas // rungs
     return ReportData(
         name=config.system.name,
         temperature_K=workspace.temperature_K,

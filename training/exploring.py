@@ -14,6 +14,7 @@ from ccg_mda.weights import effective_sample_size
 
 from . import evaluation
 from .estimators import label_variance, thermodynamics, to_kJ_per_mol, typical
+from .exchange_sampling import exchange_bead_dynamics
 from .labels import Labels, accept
 from .progress import Stage
 from .reconstruction import read_samples, reconstruct
@@ -26,36 +27,84 @@ from .workspace import Workspace
 
 
 def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_steps: int) -> Metrics:
-    """Run bead dynamics on the force field of iteration k, from frames drawn at random."""
-    train, _ = workspace.data
-    settings = workspace.config.dynamics
-    rng = np.random.default_rng(workspace.seed(k, 7))
-    starts = rng.choice(len(train), settings.replicas, replace=len(train) < settings.replicas)
-    frames = ase_bead_dynamics(
-        ForceField.from_model(workspace.model(k)),
-        workspace.cg_map.apply(train.positions[starts]),
-        folder / "dynamics",
-        n_steps=n_steps,
-        save_every=settings.save_every,
-        driver=settings.driver,
-        timestep_fs=settings.timestep_fs,
-        friction_per_ps=settings.friction_per_ps,
-        seed=int(rng.integers(2**31)),
-        progress=lambda done, total, values: stage.update(
-            done, total, f"{values['temperature_K']:.0f} K"
-        ),
+    """Run bead dynamics on the force field of turn k - 1, from all that is known so far."""
+    known = [workspace.cg_map.apply(workspace.data[0].positions)]
+    known += [Labels.load(workspace.iteration(i) / "labels.npz").beads for i in range(1, k)]
+    force_field = ForceField.from_model(workspace.model(k - 1))
+    return _dynamics(workspace, stage, force_field, np.concatenate(known), folder, n_steps, k)
+
+
+def sample_final_beads(workspace: Workspace, stage: Stage, k: int) -> Metrics:
+    """Run the bead dynamics that is reported, on the final force field."""
+    known = workspace.cg_map.apply(workspace.data[0].positions)
+    force_field = ForceField.from_model(workspace.final_model(k))
+    n_steps = workspace.config.dynamics.n_final_steps
+    return _dynamics(workspace, stage, force_field, known, workspace.final(k), n_steps, k + 1)
+
+
+def _dynamics(
+    workspace: Workspace,
+    stage: Stage,
+    force_field: ForceField,
+    known: np.ndarray,
+    folder: Path,
+    n_steps: int,
+    turn: int,
+) -> Metrics:
+    """Start replicas at states as diverse as those that are known, and run them."""
+    settings, seed = workspace.config.dynamics, workspace.seed(turn, 7)
+    starts = choose_states(
+        known,
+        min(settings.replicas, len(known)),
+        workspace.cg_map.beads,
+        diverse=0.5,
+        seed=seed,
     )
+    beads = known[np.random.default_rng(seed).permutation(np.resize(starts, settings.replicas))]
+    figures: Metrics = {}
+    if settings.driver == "replica-exchange":
+        frames, acceptance = exchange_bead_dynamics(
+            force_field,
+            beads,
+            folder / "dynamics",
+            n_steps=n_steps,
+            save_every=settings.save_every,
+            hot_temperature_K=settings.hot_temperature_K,
+            n_rungs=settings.rungs,
+            exchange_every=settings.exchange_every,
+            timestep_fs=settings.timestep_fs,
+            friction_per_ps=settings.friction_per_ps,
+            seed=seed,
+            progress=stage.update,
+        )
+        figures["exchange_acceptance"] = float(np.nanmin(acceptance))
+    else:
+        frames = ase_bead_dynamics(
+            force_field,
+            beads,
+            folder / "dynamics",
+            n_steps=n_steps,
+            save_every=settings.save_every,
+            driver=settings.driver,
+            timestep_fs=settings.timestep_fs,
+            friction_per_ps=settings.friction_per_ps,
+            seed=seed,
+            progress=lambda done, total, values: stage.update(
+                done, total, f"{values['temperature_K']:.0f} K"
+            ),
+        )
     longest = evaluation.longest_bond(frames, workspace.cg_map)
-    return {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}
+    return figures | {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}
 
 
-def label_states(workspace: Workspace, stage: Stage, k: int) -> Metrics:
+def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | None) -> Metrics:
     """Choose states worth labelling among those visited, and label them (E2, E3a, E4)."""
     settings, folder = workspace.config.cycle, workspace.iteration(k)
     visited = evaluation.dcd_frames(folder / "dynamics" / "beads.dcd")
+    affordable = len(visited) if max_calls is None else max_calls // settings.n_samples
     chosen = choose_states(
         visited,
-        min(settings.n_states, len(visited)),
+        min(settings.n_states, len(visited), affordable),
         workspace.cg_map.beads,
         diverse=settings.diverse,
         seed=workspace.seed(k, 8),
@@ -112,9 +161,9 @@ def _write_labels(workspace: Workspace, folder: Path, samples: Samples) -> Metri
     }
 
 
-def reconstruct_ensemble(workspace: Workspace, stage: Stage) -> Metrics:
+def reconstruct_ensemble(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     """Reconstruct the final bead ensemble, evenly thinned, with two-level weights (E6)."""
-    settings, folder, model = workspace.config.cycle, workspace.final, workspace.last_model
+    settings, folder, model = workspace.config.cycle, workspace.final(k), workspace.final_model(k)
     visited = evaluation.dcd_frames(folder / "dynamics" / "beads.dcd")
     chosen = np.linspace(0, len(visited) - 1, min(settings.n_report, len(visited))).astype(int)
     flow = Backmapper.from_model(model)
@@ -131,20 +180,20 @@ def reconstruct_ensemble(workspace: Workspace, stage: Stage) -> Metrics:
     }
 
 
-def check_held_out(workspace: Workspace, stage: Stage) -> Metrics:
+def check_held_out(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     """Measure the flow at the beads of held-out frames (E1, ESS, label variance)."""
     train, held_out = workspace.data
     arrays, figures = evaluation.held_out_check(
-        Backmapper.from_model(workspace.last_model),
+        Backmapper.from_model(workspace.final_model(k)),
         workspace.potential,
         train,
         held_out,
         n_states=workspace.config.cycle.n_held_out,
-        n_samples=200,
+        n_samples=workspace.config.cycle.n_held_out_samples,
         seed=workspace.seed(0, 11),
         progress=stage.update,
     )
-    write_npz(workspace.final / "held_out.npz", arrays)
+    write_npz(workspace.final(k) / "held_out.npz", arrays)
     return figures
 
 

@@ -279,6 +279,15 @@ def _predict(energy_of: Callable[[Tensor, Tensor], Tensor], data: _Data) -> tupl
     return torch.cat(energies), torch.cat(forces)
 
 
+def evaluate_force_field(
+    force_field: ForceField, labels: Labels, settings: FitSettings | None = None
+) -> dict[str, float]:
+    """Return the metrics of `fit_force_field` of a model that isn't fitted to these labels."""
+    model = copy.deepcopy(force_field).float().requires_grad_(False)
+    data = _Data(labels, settings or FitSettings(), model)
+    return _evaluate(model, data, thermal_energy(force_field.temperature_K))
+
+
 def _evaluate(model: ForceField, data: _Data, kT: float) -> dict[str, float]:
     """Return the metrics of `fit_force_field` for one set of labels."""
     energy, force = _predict(lambda beads, index: model(beads, **data.inputs(index)), data)

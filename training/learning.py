@@ -38,7 +38,7 @@ from .stages import Metrics
 from .workspace import Workspace
 
 _LOST_NATS = 0.2  # of ln q of held-out frames, on average, that a fit to forces may cost
-_MOST_NATS = 5.0  # that a single frame counts
+MOST_NATS = 5.0  # that a single frame counts
 
 
 def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
@@ -115,14 +115,7 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     else:
         before = workspace.model(k - 1)
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
-    train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
-    if k:
-        own, state = _as_frames(Samples.load(folder / "samples.npz"), force_field)
-        kept_back = state % 10 == 0
-        train = train.joined(own[~kept_back])
-        # Stored frames alone would stop the fit as soon as it learns anything new.
-        thinned = held_out[:: max(1, len(held_out) // max(1, kept_back.sum()))]
-        held_out = thinned.joined(own[kept_back])
+    train, held_out = flow_frames(workspace, k, force_field)
     steps = settings.refit_steps if k else settings.force_steps
     terms = FlowLoss.named(settings.loss)
     metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, k, 3)
@@ -131,6 +124,25 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     else:
         workspace.save(folder / "model.ccg", {"backmapper": flow, "force_field": force_field})
     return metrics
+
+
+def flow_frames(
+    workspace: Workspace, k: int, force_field: ForceField
+) -> tuple[FlowFrames, FlowFrames]:
+    """Return what the flow of turn k learns from and is judged by: stored frames, own samples.
+
+    A tenth of the states of every turn is held out, the same ones in all later turns.
+    """
+    train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
+    for i in range(1, k + 1):
+        samples = Samples.load(workspace.iteration(i) / "samples.npz")
+        own, state = _as_frames(samples, force_field)
+        kept_back = state % 10 == 0
+        train = train.joined(own[~kept_back])
+        if i == 1:  # stored frames alone would stop the fit as soon as it learns anything new
+            held_out = held_out[:: max(1, len(held_out) // max(1, k * kept_back.sum()))]
+        held_out = held_out.joined(own[kept_back])
+    return train, held_out
 
 
 def _with_forces(workspace: Workspace, flow: Backmapper) -> list[FlowFrames]:
@@ -183,7 +195,7 @@ def _fit(
         progress=_show_terms(stage),
     )
     after, told = frame_nll(flow, held_out), str(fit)
-    lost = float(np.clip(after - nll, -_MOST_NATS, _MOST_NATS).mean())
+    lost = float(np.clip(after - nll, -MOST_NATS, MOST_NATS).mean())
     if lost > _LOST_NATS:
         flow.load_state_dict(weights)
         told += f"; undone, since held-out frames lost {lost:.2f} nats of ln q"
@@ -259,12 +271,11 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
             )
     else:
         force_field = ForceField.from_model(workspace.model(k - 1))
-    labels = Labels.load(folder / "frame_labels.npz")
-    for i in range(1, k + 1):
-        labels = Labels.concatenate(labels, Labels.load(workspace.iteration(i) / "labels.npz"))
+    labels, held_out = force_field_labels(workspace, k)
     result = fit_force_field(
         force_field,
-        *labels.split(seed=workspace.seed(k, 5)),
+        labels,
+        held_out,
         FitSettings(
             steps=settings.steps if k == 0 else settings.refit_steps,
             batch_size=settings.batch_size,
@@ -278,18 +289,39 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
             f"force error {values['force_error']:.4f} eV/Å",
         ),
     )
-    if k == workspace.config.cycle.iterations and settings.relative_entropy_rounds:
-        result |= _minimise_relative_entropy(workspace, stage, force_field)
-    if k:
-        parts = {"backmapper": Backmapper.load(folder / "flow.ccg"), "force_field": force_field}
-        workspace.save(folder / "model.ccg", parts)
-    else:
-        workspace.save(folder / "force_field.ccg", {"force_field": force_field})
+    workspace.save(folder / "force_field.ccg", {"force_field": force_field})
     return {"labels": len(labels)} | result
 
 
+def force_field_labels(workspace: Workspace, k: int) -> tuple[Labels, Labels]:
+    """Return all labels up to turn k: those to learn from, and those to judge by.
+
+    A tenth of the labels of every turn is held out, the same ones in all later turns.
+    """
+    files = [workspace.iteration(k) / "frame_labels.npz"]
+    files += [workspace.iteration(i) / "labels.npz" for i in range(1, k + 1)]
+    parts = [Labels.load(file) for file in files]
+    split = [part.split(seed=workspace.seed(i, 5)) for i, part in enumerate(parts) if len(part) > 1]
+    train, held_out = (Labels.concatenate(*side) for side in zip(*split, strict=True))
+    return train, held_out
+
+
+def fine_tune(workspace: Workspace, stage: Stage, k: int) -> Metrics:
+    """Make the final models from those of the last turn k: the bead ensemble by relative entropy.
+
+    Skipped where the configuration asks for no rounds.
+    """
+    model = workspace.model(k)
+    force_field, metrics = ForceField.from_model(model), {}
+    if workspace.config.force_field.relative_entropy_rounds:
+        metrics = _minimise_relative_entropy(workspace, stage, force_field, k)
+    parts = {"backmapper": Backmapper.from_model(model), "force_field": force_field}
+    workspace.save(workspace.final(k) / "model.ccg", parts)
+    return metrics
+
+
 def _minimise_relative_entropy(
-    workspace: Workspace, stage: Stage, force_field: ForceField
+    workspace: Workspace, stage: Stage, force_field: ForceField, k: int
 ) -> Metrics:
     """Bring the bead ensemble to that of the frames, where held-out ones agree that it gains."""
     settings, dynamics = workspace.config.force_field, workspace.config.dynamics
@@ -311,7 +343,7 @@ def _minimise_relative_entropy(
         RelativeEntropySettings(
             rounds=settings.relative_entropy_rounds,
             n_replicas=dynamics.replicas,
-            seed=workspace.seed(workspace.config.cycle.iterations, 7),
+            seed=workspace.seed(k, 13),
         ),
         progress=lambda done, rounds, values: stage.update(
             done,

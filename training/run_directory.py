@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .config import Config
+from .config import Config, Stop
 
 # What may change between the parts of one run, since it doesn't change what was done so far.
-CHANGEABLE = ("run.directory", "run.threads", "cycle.iterations")
+CHANGEABLE = (
+    "run.directory",
+    "run.threads",
+    "cycle.iterations",
+    *(f"stop.{key}" for key in Stop.model_fields),
+)
 
 
 class RunDirectoryError(ValueError):

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms, units
@@ -21,6 +21,7 @@ from ccg_ase.forcefield import ForceField
 from ccg_ase.units import thermal_energy
 
 from .reference import write_npz
+from .stages import write_text
 
 Driver = Literal["LangevinBAOAB", "Langevin"]
 _AKMA_TIME_FS = 48.88821  # the unit of time in a DCD header
@@ -103,12 +104,12 @@ def ase_bead_dynamics(
         "save_every": save_every,
         "saves_per_chunk": saves_per_chunk,
         "seed": seed,
-        "beads": hashlib.sha256(beads.tobytes()).hexdigest(),
+        "beads": start_digest(beads),
         "force_field": calculator.todict()["sha256"],
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _check_settings(directory / "settings.json", settings)
+    check_settings(directory / "settings.json", settings)
 
     positions, momenta = beads, None
     frames, n_saves = [], n_steps // save_every
@@ -182,11 +183,21 @@ def _centred(positions: np.ndarray) -> np.ndarray:
     return positions - positions.mean(-2, keepdims=True)
 
 
-def _check_settings(path: Path, settings: dict) -> None:
+def start_digest(beads: np.ndarray) -> str:
+    """Return a hash of the starts of a run, for its settings."""
+    return hashlib.sha256(np.ascontiguousarray(beads, dtype=np.float64).tobytes()).hexdigest()
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a run, or compare them with those that are there.
+
+    Raises
+    ------
+    ValueError
+        If the directory holds a run with other arguments; they are named.
+    """
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=1))
-        os.replace(partial, path)
+        write_text(path, json.dumps(settings, indent=1))
         return
     before = json.loads(path.read_text())
     other = [

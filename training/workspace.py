@@ -58,19 +58,19 @@ class Workspace:
         folder.mkdir(exist_ok=True)
         return folder
 
-    @property
-    def final(self) -> Path:
-        """Folder of what the last models gave."""
-        return self.directory / f"final_{self.config.cycle.iterations}"
+    def final(self, k: int) -> Path:
+        """Return the folder of what comes after the loop, where that ended with iteration k."""
+        folder = self.directory / f"final_{k}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def model(self, k: int) -> ModelFile:
         """Load the models of iteration k."""
         return load_model(self.iteration(k) / "model.ccg")
 
-    @property
-    def last_model(self) -> ModelFile:
-        """The models of the last iteration."""
-        return self.model(self.config.cycle.iterations)
+    def final_model(self, k: int) -> ModelFile:
+        """Load the models that came out of a loop that ended with iteration k."""
+        return load_model(self.final(k) / "model.ccg")
 
     def seed(self, *what: int) -> int:
         """Return a seed for one use of randomness: a function of the run's seed and `what`."""

@@ -53,6 +53,7 @@ members = 2
 relative_entropy_rounds = 1
 [dynamics]
 replicas = 4
+rungs = 2
 n_steps = 100
 n_final_steps = 200
 save_every = 10
@@ -72,12 +73,16 @@ COMMAND = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from ccg_training.cli import main; main()"
 )
-ITERATED = ["bead dynamics", "reconstruction", "flow", "labels on frames", "force field"]
+ITERATED = [
+    *("bead dynamics", "labels at new states", "flow", "labels on frames", "force field"),
+    "turn check",
+]
 STAGES = [
     *((name, 0) for name in ("reference data", "data check", "flow: likelihood")),
     ("flow: coordinates", 0),
     *((name, 0) for name in ("labels on frames", "force field", "flow: forces")),
     *((name, k) for k in (1, 2) for name in ITERATED),
+    *((name, 2) for name in ("end of the loop", "fine-tuning")),
     *((name, 2) for name in ("final bead dynamics", "final reconstruction")),
     *((name, 2) for name in ("held-out check", "report")),
 ]
@@ -113,7 +118,7 @@ def test_one_command_leaves_model_report_and_figures(whole):
     assert "<html" in (whole / "report.html").read_text()
     with np.load(whole / "report_data.npz") as data:
         assert len(data["torsions_reference"]) == 500
-        assert len(data["torsions_beads"]) == 4 * 20
+        assert len(data["torsions_beads"]) == 2 * 20
     assert not list(whole.rglob("*.tmp"))
     assert not list(whole.rglob("*.partial"))
     atoms = CGCalculator.load(whole / "model.ccg").atoms()
@@ -130,7 +135,8 @@ def test_one_command_leaves_model_report_and_figures(whole):
 def test_energy_calls_add_up(whole):
     calls = {(r["stage"], r["iteration"]): r["calls"] for r in records(whole)}
     assert calls.pop(("reference data", 0)) == 21_000
-    assert calls.pop(("reconstruction", 1)) == calls.pop(("reconstruction", 2)) == 6 * 8
+    assert calls.pop(("labels at new states", 1)) == 6 * 8
+    assert calls.pop(("labels at new states", 2)) == 6 * 8
     assert calls.pop(("final reconstruction", 2)) == 20 * 4
     assert calls.pop(("held-out check", 2)) % 200 == 0
     assert not any(calls.values())
@@ -256,7 +262,7 @@ def test_killed_and_interrupted_runs_end_in_the_same_result(whole, tmp_path):
     assert code == -signal.SIGKILL
     assert broken.stages_done() in (7, 8)
 
-    code, messages = broken.until(lambda: broken.stages_done() == 12, signal.SIGINT)
+    code, messages = broken.until(lambda: broken.stages_done() == 13, signal.SIGINT)
     assert code == INTERRUPTED, messages
     assert f"continue with: ccg train {tmp_path / 'cycle.toml'} --resume" in messages
     assert "Traceback" not in messages
