@@ -40,7 +40,7 @@ from .reference import ReferenceData, reference_data, trajectory_of
 from .report import write_report
 from .stages import Metrics, Stages
 from .stopping import Stop, calls_left, stop
-from .turn_check import check_turn
+from .turn_check import check_turn, turn_row
 from .workspace import Workspace
 
 
@@ -102,6 +102,7 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
         run("labels on frames", learning.label_frames, k, k=k)
         run("force field", learning.refit_force_field, k, k=k)
         run("turn check", check_turn, k, k=k)
+        progress.row(f"turn {k}", turn_row(stages.records, k))
     run("end of the loop", _end_loop, k, end=end, progress=progress)
     run("fine-tuning", learning.fine_tune, k, k=k)
     run("final bead dynamics", exploring.sample_final_beads, k, k=k)

@@ -30,6 +30,8 @@ from .reconstruction import Samples, pull_back_frames, reconstruct
 from .reference import ReferenceData, read_npz
 from .report_data import ReportData
 from .states import internal_coordinates
+from .stopping import calls_spent
+from .turn_check import turn_row, upto
 
 if TYPE_CHECKING:
     from .stages import Metrics
@@ -232,6 +234,7 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
         weight_table=check["weight_table"],
         structure_table=check["structure_table"],
         coverage_table=check["coverage_table"],
+        **_history(records, k),
         stage_names=tuple(r["stage"] for r in records),
         stage_iteration=np.array([r["iteration"] for r in records]),
         stage_seconds=np.array([r["seconds"] for r in records]),
@@ -242,6 +245,25 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
         picture_atom_bonds=cg_map.atoms.bonds,
         picture_elements=cg_map.atoms.elements,
     )
+
+
+def _history(records: list[Metrics], k: int) -> dict[str, Any]:
+    """Collect what the report tells of the turns of the loop, and why it ended."""
+    by_name = {(record["stage"], record["iteration"]): record for record in records}
+    turns = range(1, k + 1)
+
+    def column(stage: str, figure: str) -> np.ndarray:
+        return np.array([by_name[stage, i][figure] for i in turns], dtype=float)  # None: NaN
+
+    end = by_name["end of the loop", k]
+    return {
+        "turn_table": np.array([[str(i), *turn_row(records, i).values()] for i in turns], str),
+        "turn_calls": np.array([calls_spent(upto(records, i)) for i in turns]),
+        "turn_ess": column("labels at new states", "ess_mean"),
+        "turn_free_energy_error": column("turn check", "new_F_error_kT"),
+        "turn_force_error": column("turn check", "new_force_error"),
+        "end_of_loop": (end["reason"], end["told"]),
+    }
 
 
 def _named(names: tuple[str, ...], terms: np.ndarray) -> tuple[str, ...]:

@@ -86,6 +86,26 @@ def costs(data: ReportData) -> Figure | None:
     return figure
 
 
+def history(data: ReportData) -> Figure | None:
+    """Draw errors at new states, and effective sample sizes there, against energy calls."""
+    panels = (
+        (data.turn_free_energy_error, "error of F (kT)", BEADS),
+        (data.turn_force_error, "error of the mean force (eV/Å)", BEADS),
+        (data.turn_ess, "effective sample size", ATOMS),
+    )
+    if len(data.turn_calls) < 2:
+        return None
+    figure = new_figure(8.6, 2.5)
+    for axes, (values, label, colour) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(data.turn_calls, values, "o-", color=colour, lw=1.5, ms=4)
+        axes.set_ylim(0, np.nanmax([*values, 1e-9]) * 1.1)
+        axes.set_xlabel("energy calls so far")
+        axes.set_title(label)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
+        tidy(axes)
+    return figure
+
+
 def picture(data: ReportData) -> Figure | None:
     """Beads, and several reconstructions of the atoms on the same beads."""
     if not data.picture_beads.size or not data.picture_atoms.size:

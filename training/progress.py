@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich import progress as bars
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
 
 
 class Stage:
@@ -19,7 +21,7 @@ class Stage:
         self.note = ""
         self.started = time.monotonic()
         self.last_line = self.started
-        self.task = owner._live.add_task(name, total=total, note="") if owner._live else None
+        self.task = owner._bars.add_task(name, total=total, note="") if owner._bars else None
 
     def update(
         self, done: float | None = None, total: float | None = None, note: str | None = None
@@ -62,9 +64,10 @@ class Progress:
         self.console = console or Console(stderr=True, highlight=False)
         self.quiet, self.every_s = quiet, every_s
         live = self.console.is_terminal if live is None else live
-        self._live = None
+        self._bars: bars.Progress | None = None
+        self._rows: dict[str, dict[str, str]] = {}
         if live and not quiet:
-            self._live = bars.Progress(
+            self._bars = bars.Progress(
                 bars.TextColumn("[bold]{task.description}"),
                 bars.BarColumn(),
                 bars.TaskProgressColumn(),
@@ -73,16 +76,17 @@ class Progress:
                 bars.TextColumn("[dim]{task.fields[note]}"),
                 console=self.console,
             )
+            self._live = Live(console=self.console, get_renderable=self._view)
 
     def __enter__(self) -> Progress:
         """Start drawing."""
-        if self._live:
+        if self._bars:
             self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Stop drawing; the terminal is left in order whatever happened."""
-        if self._live:
+        if self._bars:
             self._live.stop()
 
     @contextmanager
@@ -96,20 +100,48 @@ class Progress:
             raise
         self._close(stage, "[green]done[/green]")
 
+    def row(self, name: str, values: dict[str, str]) -> None:
+        """Add a row to the table above the bars, or change it; without bars, print it.
+
+        Parameters
+        ----------
+        name
+            Of the row, its first cell.
+        values
+            Column -> cell; all rows have the same columns.
+        """
+        if self._rows.get(name) == values:
+            return
+        self._rows[name] = values
+        if not self._bars:
+            cells = ", ".join(f"{column} {cell}" for column, cell in values.items())
+            self.message(f"{name}: {cells}")
+
+    def _view(self) -> RenderableType:
+        """Lay out what is drawn live: the table, then the bars."""
+        if not self._rows:
+            return self._bars
+        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        for column in ("", *next(iter(self._rows.values()))):
+            table.add_column(column, justify="right" if column else "left")
+        for name, values in self._rows.items():
+            table.add_row(name, *values.values())
+        return Group(table, self._bars)
+
     def message(self, text: str) -> None:
         """Print a line above the bars."""
         if not self.quiet:
             self.console.print(text)
 
     def _close(self, stage: Stage, word: str) -> None:
-        if self._live:
-            self._live.remove_task(stage.task)
+        if self._bars:
+            self._bars.remove_task(stage.task)
         seconds = time.monotonic() - stage.started
         self.message(f"{word} {stage.name} ({seconds:.1f} s) {stage.note}".rstrip())
 
     def _show(self, stage: Stage) -> None:
-        if self._live:
-            self._live.update(stage.task, completed=stage.done, total=stage.total, note=stage.note)
+        if self._bars:
+            self._bars.update(stage.task, completed=stage.done, total=stage.total, note=stage.note)
         elif stage.total and time.monotonic() - stage.last_line >= self.every_s:
             stage.last_line = time.monotonic()
             self.message(f"  {stage.name} {stage.done / stage.total:.0%} {stage.note}".rstrip())

@@ -79,6 +79,13 @@ PLATES = (
         figures_run.label_variances,
     ),
     Plate(
+        "history",
+        "Turn by turn",
+        "At the states that each turn labelled, before the models learnt from them: error of the "
+        "force field's free energy and mean force, and effective sample size of the flow.",
+        figures_run.history,
+    ),
+    Plate(
         "costs",
         "What it cost",
         "Stages in the order they ran, with the iteration in front. An energy call is one "
@@ -99,6 +106,16 @@ class Table:
 
 
 TABLES = (
+    Table(
+        "turn_table",
+        "Turns of the loop",
+        "Figures at the states that a turn labelled are those of the models before it. A fit that "
+        "gains nothing on held-out data leaves its model as it was.",
+        (
+            *("turn", "states", "accepted", "ESS", "F off by (kT)", "force off by (eV/Å)"),
+            *("flow gained (nats)", "force field gained", "energy calls so far", "minutes"),
+        ),
+    ),
     Table(
         "weight_table",
         "Weights on held-out frames",

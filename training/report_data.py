@@ -56,6 +56,12 @@ class ReportData:
     weight_table, structure_table, coverage_table
         Tables of text from the held-out check, (n, 3), (n, 5) and (n, 3): rows of
         `ccg_mda.diagnostics.WeightQuality`, `StructureReport` and `TorsionCoverage`.
+    turn_table, turn_calls, turn_ess, turn_free_energy_error, turn_force_error
+        One entry per turn of the loop: its row as text, (n, 10); energy calls up to its end; and at
+        the states labelled in it, before models learnt from them: the mean effective sample size,
+        the error of F in kT and of the mean force in eV/Å (NaN: no label).
+    end_of_loop
+        Why the loop ended, (2,): a word for it, and the sentence.
     stage_names, stage_iteration, stage_seconds, stage_calls
         Stages in the order they ran: name, iteration (0: before the loop), wall time, energy calls.
     picture_beads, picture_bead_bonds, picture_atoms, picture_atom_bonds, picture_elements
@@ -90,6 +96,12 @@ class ReportData:
     weight_table: np.ndarray = field(default_factory=_none)
     structure_table: np.ndarray = field(default_factory=_none)
     coverage_table: np.ndarray = field(default_factory=_none)
+    turn_table: np.ndarray = field(default_factory=_none)
+    turn_calls: np.ndarray = field(default_factory=_none)
+    turn_ess: np.ndarray = field(default_factory=_none)
+    turn_free_energy_error: np.ndarray = field(default_factory=_none)
+    turn_force_error: np.ndarray = field(default_factory=_none)
+    end_of_loop: tuple[str, ...] = ()
     stage_names: tuple[str, ...] = ()
     stage_iteration: np.ndarray = field(default_factory=_none)
     stage_seconds: np.ndarray = field(default_factory=_none)
@@ -109,6 +121,13 @@ class ReportData:
                 "energy_atomistic",
             ),
             "one entry per bead state": ("ess", "ess_iteration", "ess_rare"),
+            "one entry per turn": (
+                "turn_table",
+                "turn_calls",
+                "turn_ess",
+                "turn_free_energy_error",
+                "turn_force_error",
+            ),
             "one entry per stage": (
                 "stage_names",
                 "stage_iteration",

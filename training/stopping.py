@@ -87,7 +87,7 @@ def stop(config: Config, records: list[Metrics], k: int) -> Stop | None:
         if spent + expected > 3600 * settings.max_hours:
             return Stop(
                 "wall time",
-                f"{spent / 3600:.2f} h were spent of {settings.max_hours:g} h, and another turn "
+                f"{spent / 3600:.2f} h were spent of {settings.max_hours:.3g} h, and another turn "
                 f"would take some {expected / 60:.0f} min",
             )
     return None

@@ -20,6 +20,7 @@ from .labels import Labels
 from .learning import MOST_NATS, flow_frames, force_field_labels
 from .progress import Stage
 from .stages import Metrics
+from .stopping import calls_spent, seconds_spent
 from .workspace import Workspace
 
 
@@ -72,6 +73,35 @@ def check_turn(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     }
 
 
+def turn_row(records: list[Metrics], k: int) -> dict[str, str]:
+    """Return the figures of a finished turn as text, by what they are; "–" where unknown."""
+    of_turn = {record["stage"]: record for record in records if record["iteration"] == k}
+    labels, check = of_turn["labels at new states"], of_turn["turn check"]
+
+    def text(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    return {
+        "states": str(labels["states"]),
+        "accepted": f"{labels['accepted'] / labels['states']:.0%}",
+        "ESS": text(labels["ess_mean"], ".2f"),
+        "F off by (kT)": text(check["new_F_error_kT"], ".2f"),
+        "force off by (eV/Å)": text(check["new_force_error"], ".3f"),
+        "flow gained (nats)": f"{check['flow_gain_nats']:.3f}",
+        "force field gained": f"{check['force_field_gain']:.0%}",
+        "calls so far": f"{calls_spent(upto(records, k)):,}".replace(",", " "),
+        "minutes": f"{seconds_spent(records, k) / 60:.1f}",
+    }
+
+
+def upto(records: list[Metrics], k: int) -> list[Metrics]:
+    """Return the records of the first stages and of the first k turns, without what follows."""
+    last = max(
+        i for i, r in enumerate(records) if (r["stage"], r["iteration"]) == ("turn check", k)
+    )
+    return records[: last + 1]
+
+
 def _new_states(force_field: ForceField, labels: Labels) -> dict[str, float | None]:
     """Return the errors of a force field at states that it hasn't learnt from; None: no labels."""
     figures: dict[str, float | None] = {"new_force_error": None, "new_F_error_kT": None}
@@ -97,7 +127,7 @@ def _told(flow_gain: float, force_field_gain: float, n_frames: int, n_labels: in
         )
     if force_field_gain > 0:
         parts.append(
-            f"the force field lost {force_field_gain:.0%} of its error on {n_labels} held-out labels"
+            f"the force field lost {force_field_gain:.0%} of its loss on {n_labels} held-out labels"
         )
     else:
         parts.append(

@@ -220,6 +220,27 @@ def _labels(data: ReportData) -> Verdict:
     )
 
 
+def _convergence(data: ReportData) -> Verdict:
+    """Judge the loop: "yes" takes targets met at new states, and a held-out check that agrees."""
+    claim = "Convergence of the loop"
+    if not data.end_of_loop:
+        return _unmeasured(claim)
+    reason, sentence = data.end_of_loop
+    checks = [_reconstruction(data), _rare_reconstruction(data)]
+    failed = [check for check in checks if check.answer == "no"]
+    if reason != "targets met":
+        return Verdict(claim, "no", f"Not converged; the loop ended because {sentence}.")
+    if failed or checks[0].answer != "yes":
+        doubt = (failed or checks)[0]
+        return Verdict(
+            claim,
+            "with care",
+            f"Its targets were met ({sentence}), but the final check doesn't agree: {doubt.claim}. "
+            + doubt.reason,
+        )
+    return Verdict(claim, "yes", f"Converged: {sentence}, and the held-out check agrees.")
+
+
 CLAIMS: tuple[Callable[[ReportData], Verdict], ...] = (
     _bead_free_energy,
     _bead_structure,
@@ -228,4 +249,5 @@ CLAIMS: tuple[Callable[[ReportData], Verdict], ...] = (
     _atom_free_energy,
     _energies,
     _labels,
+    _convergence,
 )

@@ -305,3 +305,22 @@ def test_progress_prints_one_line_per_stage_and_percentages():
 def test_progress_draws_bars_and_can_be_quiet():
     assert "done fit" in lines_of(True)
     assert lines_of(False, quiet=True) == ""
+
+
+def test_rows_of_turns_are_drawn_above_the_bars_and_printed_without_them():
+    def drawn(live):
+        console = Console(force_terminal=live, width=100, record=True, file=io.StringIO())
+        with Progress(console, live=live) as progress:
+            for ess in ("0.50", "0.50", "0.75"):
+                progress.row("turn 1", {"states": "500", "ESS": ess})
+            with progress.stage("fit", total=4) as stage:
+                stage.update(2)
+        return console.export_text()
+
+    assert drawn(False).splitlines()[:2] == [
+        "turn 1: states 500, ESS 0.50",
+        "turn 1: states 500, ESS 0.75",
+    ]
+    live = drawn(True)
+    assert "states   ESS" in live
+    assert "turn 1     500  0.75" in live

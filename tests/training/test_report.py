@@ -11,6 +11,7 @@ from ccg_mda.structure import StructureReference
 from ccg_training import figures, figures_run
 from ccg_training.report import PLATES, TABLES, ReportError, read_metrics, render, write_report
 from ccg_training.report_data import ReportData
+from ccg_training.turn_check import turn_row
 from ccg_training.verdicts import headline, judge
 
 KT = 8.617333e-5 * 300
@@ -49,6 +50,12 @@ def made(n=40_000, **changes):
         label_variance=rng.lognormal(-7, 0.3, 200),
         weight_table=np.array([["gap between bounds of ln Z", "0.1 ± 0.02 nats", "0 is perfect"]]),
         structure_table=np.array([["clashes, per atom", "22", "0.010%", "0.20%", "H1 <and> H2"]]),
+        turn_table=np.array([["1", *9 * "–"], ["2", *9 * "–"]]),
+        turn_calls=np.array([1e6, 1.05e6]),
+        turn_ess=np.array([0.7, 0.8]),
+        turn_free_energy_error=np.array([np.nan, 0.1]),
+        turn_force_error=np.array([0.1, 0.05]),
+        end_of_loop=("targets met", "all <targets> were met"),
         stage_names=("reference data", "fit flow", "reconstruct"),
         stage_iteration=np.array([0, 0, 1]),
         stage_seconds=np.array([10.0, 20, 3]),
@@ -88,12 +95,15 @@ def test_a_right_model_is_trusted_for_everything(good):
         ("Atoms on rare bead states", {"ess": 0.05}),
         ("All-atom energies after reweighting", {"energy_atomistic": 3 * KT}),
         ("Mean-force labels", {"label_variance": 5.0}),
+        ("Convergence of the loop", {"end_of_loop": ("wall time", "it took an hour")}),
     ],
 )
 def test_each_claim_fails_with_its_own_data(good, claim, changes):
     (name, change), *_ = changes.items()
     value = getattr(good, name)
-    if change == "shifted":
+    if name == "end_of_loop":
+        value = change
+    elif change == "shifted":
         value = torsions(np.random.default_rng(5), len(value), shift=0.6)
     elif name in ("ess", "label_variance"):
         value = np.full_like(value, change)
@@ -102,6 +112,14 @@ def test_each_claim_fails_with_its_own_data(good, claim, changes):
     else:
         value = value.mean(axis=0) + change * (value - value.mean(axis=0))
     assert answers(made(**{name: value}))[claim] == "no"
+
+
+def test_targets_met_count_only_if_the_held_out_check_agrees():
+    rare_fail = made(ess_rare=np.arange(400) % 2 == 0, ess=np.where(np.arange(400) % 2, 0.9, 0.01))
+    verdict = judge(rare_fail)[-1]
+    assert verdict.answer == "with care"
+    assert "rare bead states" in verdict.reason
+    assert "Converged" not in verdict.reason
 
 
 def test_few_samples_are_never_a_firm_yes():
@@ -235,9 +253,14 @@ def test_every_table_has_as_many_columns_as_its_header(ala2_topology, ala2_posit
     probe.add(x, x[:, 0])
     structure, coverage = probe.finish()
     quality = WeightQuality.from_log_weights(rng.normal(size=(4, 30)), rng.normal(size=(4, 1)))
-    for table, rows in zip(
-        TABLES, (quality.rows(), structure.rows(), coverage.rows()), strict=True
-    ):
+    labels = {"stage": "labels at new states", "states": 5, "accepted": 4, "ess_mean": None}
+    check = {"stage": "turn check", "new_F_error_kT": 0.1, "new_force_error": None}
+    check |= {"flow_gain_nats": 0.2, "force_field_gain": 0.3}
+    turns = [record | {"iteration": 1, "calls": 7, "seconds": 60} for record in (labels, check)]
+    row = turn_row(turns, 1)
+    assert list(row.values()) == ["5", "80%", "–", "0.10", "–", "0.200", "30%", "14", "2.0"]
+    found = ([("1", *row.values())] * 5, quality.rows(), structure.rows(), coverage.rows())
+    for table, rows in zip(TABLES, found, strict=True):
         assert len(rows) >= 5
         assert {len(row) for row in rows} == {len(table.header)}, table.name
 
