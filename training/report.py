@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import figures, figures_run
 from .report_data import ReportData
+from .stages import write_text
 from .verdicts import headline, judge
 
 if TYPE_CHECKING:
@@ -249,9 +250,7 @@ def write_report(run_directory: str | Path) -> Path:
         figure_directory=run_directory / "figures",
     )
     target = run_directory / "report.html"
-    partial = target.with_suffix(".html.tmp")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    write_text(target, page)
     return target
 
 

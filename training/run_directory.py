@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .config import Config, Stop
+from .stages import write_text
 
 # What may change between the parts of one run, since it doesn't change what was done so far.
 CHANGEABLE = (
@@ -62,9 +63,7 @@ def prepare_run(config: Config, *, resume: bool = False, fresh: bool = False) ->
                     "change it back, or begin again with --fresh"
                 )
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "config.toml.tmp"
-    partial.write_text(config.to_toml(), encoding="utf-8")
-    partial.replace(directory / "config.toml")
+    write_text(directory / "config.toml", config.to_toml())
     return directory
 
 

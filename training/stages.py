@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ccg_ase.files import replaced
 
 from .progress import Progress, Stage
 
@@ -77,9 +78,5 @@ class Stages:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is either complete or not there."""
-    partial = path.with_name(f"{path.name}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replaced(path) as file:
+        file.write(text.encode())
