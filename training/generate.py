@@ -155,13 +155,15 @@ def generate(
     )
 
 
-def generate_from_config(config: Config, directory: Path, tick: Tick | None) -> ReferenceData:
-    """Generate what the [reference] section asks for."""
+def generate_from_config(
+    config: Config, directory: Path, tick: Tick | None
+) -> tuple[ReferenceData, int]:
+    """Generate what the [reference] section asks for; data, and steps as energy calls."""
     from ccg_mda.potential import OpenMMPotential
 
     potential = OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
     settings = config.reference
-    return generate(
+    data = generate(
         potential,
         read_structure(config.system.topology).atoms.positions,
         config.system.temperature_K,
@@ -175,6 +177,8 @@ def generate_from_config(config: Config, directory: Path, tick: Tick | None) -> 
         seed=config.run.seed,
         tick=tick,
     )
+    stored_fs = settings.time_ns * 1e6 + settings.walkers * settings.equilibration_ps * 1e3
+    return data, round(stored_fs / settings.timestep_fs)
 
 
 def _walk(plan: Plan, directory: Path, walker: int, report: Report) -> None:
