@@ -104,6 +104,19 @@ def test_each_claim_fails_with_its_own_data(good, claim, changes):
     assert answers(made(**{name: value}))[claim] == "no"
 
 
+def test_biased_reference_data_say_nothing_of_populations(good):
+    before, after = answers(good), answers(made(biased=True))
+    changed = {claim for claim in before if after[claim] != before[claim]}
+    assert {after[claim] for claim in changed} == {"not measured"}
+    assert changed == {
+        "Free energies from bead dynamics",
+        "Free energies from reweighted atoms",
+        "Bead bonds and angles",
+        "All-atom energies after reweighting",
+    }
+    assert "biased along the coarse variables" in judge(made(biased=True))[0].reason
+
+
 def test_few_samples_are_never_a_firm_yes():
     rng = np.random.default_rng(1)
     verdict = judge(made(torsions_beads=torsions(rng, 60)))[0]

@@ -13,43 +13,15 @@ from ccg_ase.topology import Topology
 from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
 from ccg_mda.potential import OpenMMPotential, TorchPotential
-from ccg_training.openmm_dynamics import KJ_PER_MOL, NM, new_context, read_frame
+from ccg_training.openmm_dynamics import NM, new_context, read_frame
 from ccg_training.reference import ReferenceDataError
 from ccg_training.restrained import restrained_frames
 from ccg_training.restraint import FRACTION, RESTRAINT_GROUP, UNBIASED_GROUP, add_restraint
+from tests.harmonic_system import harmonic_system
 from tests.linear_gaussian import LinearGaussian
 
 T = 300.0
 GROUPS = ((0, 1), (2, 3, 4), (5, 6, 7))
-
-
-def harmonic_system(molecule):
-    """Return the potential of a `LinearGaussian` as an OpenMM System."""
-    system = openmm.System()
-    K = molecule.K.reshape(molecule.n_atoms, 3, molecule.n_atoms, 3) / KJ_PER_MOL * NM**2
-    names = [f"k{i}{j}" for i in range(3) for j in range(3)]
-
-    def quadratic(first, second):
-        return "+".join(
-            f"k{i}{j}*({a}{first}-{a}{first}0)*({b}{second}-{b}{second}0)"
-            for i, a in enumerate("xyz")
-            for j, b in enumerate("xyz")
-        )
-
-    own = openmm.CustomCompoundBondForce(1, f"0.5*({quadratic(1, 1)})")
-    pair = openmm.CustomCompoundBondForce(2, quadratic(1, 2))
-    for force, sites in ((own, "1"), (pair, "12")):
-        for name in names + [f"{a}{site}0" for site in sites for a in "xyz"]:
-            force.addPerBondParameter(name)
-        system.addForce(force)
-    x0 = (molecule.x0 / NM).tolist()
-    for i in range(molecule.n_atoms):
-        system.addParticle(12.0)
-        own.addBond([i], [*K[i, :, i].ravel(), *x0[i]])
-        for j in range(i):
-            if K[i, :, j].any():
-                pair.addBond([i, j], [*K[i, :, j].ravel(), *x0[i], *x0[j]])
-    return system
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["slices", "centres of mass"])
@@ -64,12 +36,12 @@ def test_frames_have_the_conditional_moments_of_the_closed_form(groups, tmp_path
     targets = cg_map.apply(starts[rng.permutation(32)])
     data, calls, failed = restrained_frames(
         potential, cg_map, targets, starts, T, tmp_path,
-        n_steps=5000, save_every=50, steering_steps=100, equilibration_steps=500,
+        n_steps=3000, save_every=50, steering_steps=100, equilibration_steps=500,
         friction_per_ps=20.0, seed=1,
     )  # fmt: skip
     assert not failed.any()
-    assert calls == 32 * (100 + 500 + 5000 + 100)
-    np.testing.assert_array_equal(data.walker, np.repeat(np.arange(32), 100))
+    assert calls == 32 * (100 + 500 + 3000 + 60)
+    np.testing.assert_array_equal(data.walker, np.repeat(np.arange(32), 60))
     energy, forces = molecule(data.positions)
     np.testing.assert_allclose(data.energy, energy, atol=1e-9)
     np.testing.assert_allclose(data.forces, forces, atol=1e-9)
@@ -87,9 +59,9 @@ def test_frames_have_the_conditional_moments_of_the_closed_form(groups, tmp_path
     assert free.sum() == 24 - len(M)
     white = residual @ modes[:, free] / np.sqrt(scale[free])
     # The response of x to s, the mean and the width; errors from the scatter between states.
-    by_state = white.reshape(32, 100, -1)
-    arms = delta_s.reshape(32, 100, -1)
-    slopes = np.einsum("sfi,sfj->sij", arms, by_state).reshape(32, -1) / 100
+    by_state = white.reshape(32, 60, -1)
+    arms = delta_s.reshape(32, 60, -1)
+    slopes = np.einsum("sfi,sfj->sij", arms, by_state).reshape(32, -1) / 60
     for values, truth in ((by_state.mean(1), 0), ((by_state**2).mean(1), 1), (slopes, 0)):
         error = values.std(axis=0, ddof=1) / np.sqrt(32)
         z = (values.mean(axis=0) - truth) / error
@@ -164,7 +136,7 @@ def butane():
     """Four united atoms whose torsion turns freely."""
     system = openmm.System()
     bonds, angles = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
-    for i in range(4):
+    for _ in range(4):
         system.addParticle(15.0)
     for i in range(3):
         bonds.addBond(i, i + 1, 0.153, 2e5)
@@ -242,7 +214,7 @@ def _run(directory, workers=1):
     starts = np.stack([turned(angle) for angle in angles])
     return restrained_frames(
         OpenMMPotential(butane()), torsion_map, np.deg2rad(angles + 10)[:, None], starts, T,
-        directory, workers=workers, seed=5, **ON_TORSIONS | {"n_steps": 4000},
+        directory, workers=workers, seed=5, **ON_TORSIONS | {"n_steps": 3000},
     )  # fmt: skip
 
 
