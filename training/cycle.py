@@ -36,7 +36,7 @@ from .config import Config
 from .data_check import check
 from .findings import refuse_faults
 from .progress import Progress, Stage
-from .reference import ReferenceData, reference_data, trajectory_of
+from .reference import ReferenceData, read_npz, reference_data, trajectory_of
 from .report import write_report
 from .stages import Metrics, Stages
 from .stopping import Stop, calls_left, stop
@@ -112,11 +112,10 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
 
 
 def _get_reference(workspace: Workspace, stage: Stage) -> Metrics:
-    settings = workspace.config.reference
-    if settings.source == "generate":
+    if workspace.config.reference.source != "trajectory":
         data = reference_data(workspace.config, workspace.directory, stage.update)
-        stored_fs = settings.time_ns * 1e6 + settings.walkers * settings.equilibration_ps * 1e3
-        return {"frames": len(data), "calls": round(stored_fs / settings.timestep_fs)}
+        calls = int(read_npz(workspace.directory / "reference.npz")["calls"])
+        return {"frames": len(data), "calls": calls}
     data, calls = trajectory_of(workspace.config), 0
     refuse_faults(check(data, workspace.cg_map, workspace.temperature_K, workspace.potential))
     if data.forces is None or data.energy is None:
@@ -124,7 +123,7 @@ def _get_reference(workspace: Workspace, stage: Stage) -> Metrics:
         energy, forces = workspace.potential(data.positions)
         calls = len(data)
         data = replace(data, energy=energy, forces=forces)
-    data.save(workspace.directory / "reference.npz")
+    data.save(workspace.directory / "reference.npz", calls=calls)
     return {"frames": len(data), "calls": calls}
 
 

@@ -87,7 +87,8 @@ def check(
         )
     if potential is not None and not faulty(findings):
         findings.append(_potential(data, potential))
-    if data.forces is not None and not rigid and not faulty(findings):
+    # A bias along s takes part in equipartition, and isn't in the forces.
+    if data.forces is not None and not data.biased and not rigid and not faulty(findings):
         findings.append(_virial(data, cg_map, temperature_K))
     return [*check_mapping(cg_map), *findings, _sampling(data, cg_map)]
 

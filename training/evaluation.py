@@ -186,6 +186,9 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
     config, cg_map, final = workspace.config, workspace.cg_map, workspace.final(k)
     train, held_out = workspace.data
     reference = cg_map.apply(np.concatenate([train.positions, held_out.positions]))
+    # What is compared with the model's populations: nothing, where those of the frames are biased.
+    compared = reference[: 0 if train.biased else None]
+    energies = np.concatenate([train.energy, held_out.energy])
     visited = dcd_frames(final / "dynamics" / "beads.dcd")
     samples = Samples.load(final / "samples.npz")
     levels = two_levels(samples, ForceField.from_model(workspace.final_model(k)))
@@ -198,7 +201,7 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
         ess.append(effective_sample_size(labelled.log_weight, axis=1))
         iteration.append(np.full(len(ess[-1]), turn))
         rare.append(rare_states(labelled.beads, reference, cg_map))
-    of_beads = {"reference": reference, "beads": visited}
+    of_beads = {"reference": compared, "beads": visited}
     internals = {name: internal_coordinates(v, cg_map.beads) for name, v in of_beads.items()}
     names = cg_map.beads.names
     shown = int(np.argmax(effective_sample_size(samples.log_weight, axis=1)))
@@ -210,12 +213,13 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
         name=config.system.name,
         temperature_K=workspace.temperature_K,
         torsion_names=tuple("-".join(names[i] for i in quadruple) for quadruple in chain),
-        torsions_reference=torsions(reference, cg_map),
+        biased=train.biased,
+        torsions_reference=torsions(compared, cg_map),
         torsions_beads=torsions(visited, cg_map),
         torsions_atomistic=atom_torsions[kept],
         log_weights=log_weights[kept],
         atomistic_state=np.repeat(np.arange(len(samples.beads)), samples.energy.shape[1])[kept],
-        independent_reference=_independent(torsions(reference, cg_map), 1),
+        independent_reference=_independent(torsions(compared, cg_map), 1),
         independent_beads=_independent(torsions(visited, cg_map), replicas),
         bond_names=_named(names, cg_map.beads.bonds),
         bonds_reference=internals["reference"].bonds,
@@ -223,7 +227,7 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
         angle_names=_named(names, cg_map.beads.angles()),
         angles_reference=internals["reference"].angles,
         angles_beads=internals["beads"].angles,
-        energy_reference=np.concatenate([train.energy, held_out.energy]),
+        energy_reference=energies[: len(compared)],
         energy_atomistic=samples.energy.ravel()[kept],
         ess=np.concatenate([*ess, check["ess"]]),
         ess_iteration=np.concatenate([*iteration, np.full(len(check["ess"]), len(ess) + 1)]),
@@ -272,7 +276,7 @@ def _named(names: tuple[str, ...], terms: np.ndarray) -> tuple[str, ...]:
 
 def _independent(angles: np.ndarray, n_series: int) -> float:
     """Independent samples behind torsion series laid end to end: the least of all torsions."""
-    if not angles.shape[1]:
+    if not angles.size:
         return 0.0
     per_series = [
         sum(independent_samples(part) for part in np.array_split(np.cos(column), n_series))

@@ -10,19 +10,14 @@ more frames than any threading inside OpenMM.
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
-import os
-import queue
-import signal
-import traceback
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ase import units
 
+from .openmm_dynamics import NM, fingerprint, new_context, positive_seed, read_frame
 from .reference import (
     ReferenceData,
     ReferenceDataError,
@@ -31,16 +26,14 @@ from .reference import (
     read_structure,
     write_npz,
 )
+from .workers import Report, run_workers
 
 if TYPE_CHECKING:
     from ccg_mda.potential import OpenMMPotential
 
     from .config import Config
 
-KJ_PER_MOL = units.kJ / units.mol  # eV
-NM = units.nm  # Å
 CHUNKS = 12  # per walker; more would spend time on contexts, fewer lose more on interruption
-RUNNING, FINISHED = "running", "finished"
 
 
 @dataclass(frozen=True)
@@ -65,10 +58,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Name of this plan in the chunk files: chunks of another plan are never reused."""
-        import openmm
-
-        text = repr((openmm.__version__, CHUNKS, sorted(asdict(self).items())))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return fingerprint(CHUNKS, sorted(asdict(self).items()))
 
     def chunk_file(self, directory: Path, walker: int, chunk: int) -> Path:
         """File of a chunk; chunk 0 is the equilibration."""
@@ -79,9 +69,8 @@ class Plan:
         return self.frames * chunk // CHUNKS - self.frames * (chunk - 1) // CHUNKS
 
     def chunk_seed(self, walker: int, chunk: int) -> int:
-        """Seed of a chunk's integrator: positive, since 0 means "random" to OpenMM."""
-        words = np.random.SeedSequence([self.seed, walker, chunk]).generate_state(1)
-        return int(words[0] % (2**31 - 1)) + 1
+        """Seed of a chunk's integrator."""
+        return positive_seed(self.seed, walker, chunk)
 
 
 def generate(
@@ -151,7 +140,7 @@ def generate(
         platform=potential.platform,
     )
     directory.mkdir(parents=True, exist_ok=True)
-    _run_walkers(plan, directory, tick)
+    run_workers(partial(_walk, plan, directory), walkers, frames * walkers, tick)
     parts = [
         read_npz(plan.chunk_file(directory, walker, chunk))
         for walker in range(walkers)
@@ -166,13 +155,15 @@ def generate(
     )
 
 
-def generate_from_config(config: Config, directory: Path, tick: Tick | None) -> ReferenceData:
-    """Generate what the [reference] section asks for."""
+def generate_from_config(
+    config: Config, directory: Path, tick: Tick | None
+) -> tuple[ReferenceData, int]:
+    """Generate what the [reference] section asks for; data, and steps as energy calls."""
     from ccg_mda.potential import OpenMMPotential
 
     potential = OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
     settings = config.reference
-    return generate(
+    data = generate(
         potential,
         read_structure(config.system.topology).atoms.positions,
         config.system.temperature_K,
@@ -186,90 +177,34 @@ def generate_from_config(config: Config, directory: Path, tick: Tick | None) -> 
         seed=config.run.seed,
         tick=tick,
     )
+    stored_fs = settings.time_ns * 1e6 + settings.walkers * settings.equilibration_ps * 1e3
+    return data, round(stored_fs / settings.timestep_fs)
 
 
-def _run_walkers(plan: Plan, directory: Path, tick: Tick | None) -> None:
-    """Run all walkers to their end, each in its own process; stop all when one fails."""
-    context = multiprocessing.get_context("spawn")  # fork would copy a threaded parent
-    reports = context.Queue()
-    processes = [
-        context.Process(target=_walk, args=(plan, directory, walker, reports), daemon=True)
-        for walker in range(plan.walkers)
-    ]
-    done = [0] * plan.walkers
-    finished: set[int] = set()
-    try:
-        for process in processes:
-            process.start()
-        while len(finished) < plan.walkers:
-            try:
-                walker, frames, finish = reports.get(timeout=1.0)
-            except queue.Empty:
-                _check_alive(processes, finished)
-                continue
-            if finish not in (RUNNING, FINISHED):
-                raise ReferenceDataError(f"walker {walker} stopped: {finish}")
-            done[walker] = frames
-            if finish == FINISHED:  # only now is the last chunk's file complete
-                finished.add(walker)
-            if tick:
-                tick(sum(done), plan.frames * plan.walkers)
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-
-
-def _check_alive(processes: list[Any], finished: set[int]) -> None:
-    for walker, process in enumerate(processes):
-        if process.exitcode not in (None, 0) and walker not in finished:
-            raise ReferenceDataError(
-                f"the process of walker {walker} ended with code {process.exitcode} (out of "
-                "memory?): run again to continue from its last chunk"
-            )
-
-
-def _walk(plan: Plan, directory: Path, walker: int, reports: Any) -> None:
-    """Body of a walker's process: run the chunks that are not there yet, in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
-    parent = os.getppid()
+def _walk(plan: Plan, directory: Path, walker: int, report: Report) -> None:
+    """Run the chunks of a walker that are not there yet, in order."""
     done = 0
-
-    def report(frames: int) -> None:
-        if os.getppid() != parent:  # the parent was killed: nobody waits for these frames
-            os._exit(1)
-        reports.put((walker, frames, RUNNING))
-
-    try:
-        for chunk in range(CHUNKS + 1):
-            report(done)
-            if not plan.chunk_file(directory, walker, chunk).is_file():
-                _run_chunk(plan, directory, walker, chunk, lambda i, start=done: report(start + i))
-            done += plan.chunk_frames(chunk) if chunk else 0
-        reports.put((walker, done, FINISHED))
-    except ReferenceDataError as error:
-        reports.put((walker, done, str(error)))
-    except Exception:
-        reports.put((walker, done, traceback.format_exc()))
+    for chunk in range(CHUNKS + 1):
+        report(done)
+        if not plan.chunk_file(directory, walker, chunk).is_file():
+            _run_chunk(plan, directory, walker, chunk, lambda i, start=done: report(start + i))
+        done += plan.chunk_frames(chunk) if chunk else 0
+    report(done)
 
 
-def _run_chunk(plan: Plan, directory: Path, walker: int, chunk: int, report: Any) -> None:
+def _run_chunk(plan: Plan, directory: Path, walker: int, chunk: int, report: Report) -> None:
     import openmm
-    from openmm import unit
 
-    integrator = openmm.LangevinMiddleIntegrator(
-        plan.temperature_K, plan.friction_per_ps, plan.timestep_fs * 1e-3
-    )
     seed = plan.chunk_seed(walker, chunk)
-    integrator.setRandomNumberSeed(seed)
-    properties = {"Threads": "1", "DeterministicForces": "true"} if plan.platform == "CPU" else {}
-    context = openmm.Context(
+    context = new_context(
         openmm.XmlSerializer.deserialize(plan.system_xml),
-        integrator,
-        openmm.Platform.getPlatformByName(plan.platform),
-        properties,
+        platform=plan.platform,
+        temperature_K=plan.temperature_K,
+        friction_per_ps=plan.friction_per_ps,
+        timestep_fs=plan.timestep_fs,
+        seed=seed,
     )
+    integrator = context.getIntegrator()
     frames: dict[str, list[Any]] = {"positions": [], "forces": [], "energy": []}
     if chunk == 0:
         context.setPositions(np.array(plan.positions_nm))
@@ -282,20 +217,15 @@ def _run_chunk(plan: Plan, directory: Path, walker: int, chunk: int, report: Any
         context.setVelocities(start["last_velocities"])
     for frame in range(plan.chunk_frames(chunk) if chunk else 0):
         integrator.step(plan.steps_per_frame)
-        state = context.getState(positions=True, forces=True, energy=True)
-        energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
+        positions, forces, energy = read_frame(context)
         if not np.isfinite(energy):
             raise ReferenceDataError(
                 f"the energy is not finite at {plan.timestep_fs:g} fs in chunk {chunk}: "
                 "lower timestep_fs, or repair the starting structure"
             )
-        positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-        forces = state.getForces(asNumpy=True).value_in_unit(
-            unit.kilojoule_per_mole / unit.nanometer
-        )
-        frames["positions"].append(positions * NM)
-        frames["forces"].append(forces * (KJ_PER_MOL / NM))
-        frames["energy"].append(energy * KJ_PER_MOL)
+        frames["positions"].append(positions)
+        frames["forces"].append(forces)
+        frames["energy"].append(energy)
         if frame % 50 == 49:
             report(frame + 1)
     last = context.getState(positions=True, velocities=True)

@@ -21,6 +21,7 @@ from ccg_mda.potential import Potential
 
 from .reference import MDANALYSIS_FORCE
 from .samples import Samples
+from .superposition import superposing_rotation
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
@@ -184,9 +185,7 @@ def in_own_frame(
             distribution = backmapper(backmapper.cg_map.apply(x[part]))
             placed = distribution.positions_from(distribution.noise_from(x[part]))
             arms, goals = (v - v.mean(1, keepdim=True) for v in (x[part], placed))
-            u, _, v = torch.linalg.svd(arms.transpose(1, 2) @ goals)  # Kabsch
-            u[:, :, 2] *= torch.linalg.det(u @ v)[:, None]
-            turn = u @ v
+            turn = superposing_rotation(arms, goals)
             turned = arms @ turn + placed.mean(1, keepdim=True)
             rotated.append(torch.cat([turned, _float64(forces[part]) @ turn], -1))
     both = torch.cat(rotated).numpy()

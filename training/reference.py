@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MDANALYSIS_FORCE = units.kJ / units.mol  # kJ/mol/Å -> eV/Å
 Tick = Callable[[int, int], None]
+COLUMNS = ("positions", "forces", "energy", "walker", "time_ps")
+"""Attributes of `ReferenceData` with an entry for every frame."""
+_MANY_WALKERS = 20
 
 
 class ReferenceDataError(ValueError):
@@ -47,6 +50,9 @@ class ReferenceData:
         (N,) int: the trajectory that a frame belongs to. Frames of a walker are in order of time.
     time_ps
         (N,) time within the walker, in ps.
+    biased
+        Whether a bias along the coarse variables made the frames (umbrella sampling, metadynamics,
+        restraints). p(x|s) is right all the same; populations, and what follows from them, aren't.
     """
 
     positions: np.ndarray
@@ -54,6 +60,7 @@ class ReferenceData:
     energy: np.ndarray | None = None
     walker: np.ndarray | None = None
     time_ps: np.ndarray | None = None
+    biased: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.positions)
@@ -87,8 +94,8 @@ class ReferenceData:
 
     def __getitem__(self, index: slice | np.ndarray) -> ReferenceData:
         """Return the frames of a slice, a mask or an index array."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ReferenceData(**{k: None if v is None else v[index] for k, v in arrays.items()})
+        arrays = {name: getattr(self, name) for name in COLUMNS}
+        return replace(self, **{k: v if v is None else v[index] for k, v in arrays.items()})
 
     @property
     def n_atoms(self) -> int:
@@ -100,28 +107,30 @@ class ReferenceData:
 
         Every walker is cut into 100 contiguous blocks, and blocks at even distances are held out
         (every tenth at 0.1): neighbouring frames are correlated, so single frames held out would
-        be known from their neighbours.
+        be known from their neighbours. Of 20 walkers or more, whole ones are held out: what such
+        data ask is whether the model holds at walkers (coarse states) that it doesn't know.
 
         Returns
         -------
         train, held_out
         """
-        held = np.zeros(len(self), bool)
-        for walker in np.unique(self.walker):
-            (index,) = np.nonzero(self.walker == walker)
-            block = np.arange(len(index)) * 100 // len(index)
-            step = np.floor((block + 1) * holdout_fraction + 0.5)
-            held[index] = step > np.floor(block * holdout_fraction + 0.5)
+        walkers, block = np.unique(self.walker, return_inverse=True)
+        if len(walkers) < _MANY_WALKERS:
+            for walker in walkers:
+                (index,) = np.nonzero(self.walker == walker)
+                block[index] = np.arange(len(index)) * 100 // len(index)
+        step = np.floor((block + 1) * holdout_fraction + 0.5)
+        held = step > np.floor(block * holdout_fraction + 0.5)
         if held.all() or not held.any():
             raise ReferenceDataError(
                 f"{len(self)} frames are too few to hold out {holdout_fraction:.0%} of them"
             )
         return self[~held], self[held]
 
-    def save(self, path: str | Path) -> None:
-        """Write an NPZ file, atomically."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        write_npz(path, {k: v for k, v in arrays.items() if v is not None})
+    def save(self, path: str | Path, *, calls: int = 0) -> None:
+        """Write an NPZ file, atomically; `calls` are the energy calls that the frames cost."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)} | {"calls": calls}
+        write_npz(path, {k: np.asarray(v) for k, v in arrays.items() if v is not None})
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceData:
@@ -132,7 +141,8 @@ class ReferenceData:
                 f"{path} holds no array 'positions' (frames, atoms, 3) in Å; it holds: "
                 + ", ".join(sorted(arrays))
             )
-        return cls(**{f.name: arrays.get(f.name) for f in fields(cls)})
+        columns = {name: arrays.get(name) for name in COLUMNS}
+        return cls(**columns, biased=bool(arrays.get("biased", False)))
 
 
 def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
@@ -259,16 +269,16 @@ def _read_with_mdanalysis(topology: str | Path, file: Path, n_atoms: int) -> Ref
 
 def _concatenate(parts: list[ReferenceData], names: list[str]) -> ReferenceData:
     arrays = {}
-    for field in fields(ReferenceData):
-        values = [getattr(part, field.name) for part in parts]
+    for column in COLUMNS:
+        values = [getattr(part, column) for part in parts]
         without = [name for name, value in zip(names, values, strict=True) if value is None]
         if without and len(without) < len(parts):
             raise ReferenceDataError(
-                f"{', '.join(without)} hold no {field.name}, the other files do: "
+                f"{', '.join(without)} hold no {column}, the other files do: "
                 "give all files with, or all without"
             )
-        arrays[field.name] = None if without else np.concatenate(values)
-    return ReferenceData(**arrays)
+        arrays[column] = None if without else np.concatenate(values)
+    return ReferenceData(**arrays, biased=any(part.biased for part in parts))
 
 
 def _with_forces(data: ReferenceData, file: Path) -> ReferenceData:
@@ -287,37 +297,52 @@ def _with_forces(data: ReferenceData, file: Path) -> ReferenceData:
                 f"positions in {file} differ from the trajectory, first in frame "
                 f"{(apart > 0.02).argmax()}: the forces belong to other frames"
             )
-    return ReferenceData(
-        data.positions, arrays["forces"], arrays.get("energy"), data.walker, data.time_ps
-    )
+    return replace(data, forces=arrays["forces"], energy=arrays.get("energy"))
 
 
 def trajectory_of(config: Config) -> ReferenceData:
-    """Read the files of the [reference] section."""
+    """Read the files of the [reference] section.
+
+    Raises
+    ------
+    ReferenceDataError
+        By `read_trajectory`, or if a file of ours is biased and the section doesn't say so.
+    """
     settings = config.reference
-    return read_trajectory(
+    data = read_trajectory(
         config.system.topology,
         settings.files,
         forces_file=settings.forces_file,
         stride=settings.stride,
     )
+    if data.biased and not settings.biased:
+        raise ReferenceDataError(
+            "the frames were made with a bias along the coarse variables, as their file says: set "
+            "biased = true in [reference], so that nothing is concluded from populations"
+        )
+    return replace(data, biased=settings.biased)
 
 
 def reference_data(config: Config, directory: Path, tick: Tick | None = None) -> ReferenceData:
-    """Return the reference data of a run: from `directory`/reference.npz, else read or generate.
+    """Return the reference data of a run: from `directory`/reference.npz, else read or make them.
 
-    Generated chunks are kept in `directory`/reference until the run has them all, so an
-    interrupted run goes on where it stopped. `tick` is called with (frames done, frames in all).
+    Chunks are kept in `directory`/reference until the run has them all, so an interrupted run goes
+    on where it stopped. `tick` is called with how much is done, and how much there is to do.
     """
     stored = directory / "reference.npz"
     if stored.is_file():
         return ReferenceData.load(stored)
+    calls = 0
     if config.reference.source == "trajectory":
         data = trajectory_of(config)
+    elif config.reference.source == "structure":
+        from .starting import data_from_config
+
+        data, calls = data_from_config(config, directory / "reference", tick)
     else:
         from .generate import generate_from_config
 
-        data = generate_from_config(config, directory / "reference", tick)
-    data.save(stored)
+        data, calls = generate_from_config(config, directory / "reference", tick)
+    data.save(stored, calls=calls)
     shutil.rmtree(directory / "reference", ignore_errors=True)  # the chunks are in the file now
     return data

@@ -26,6 +26,9 @@ class ReportData:
     ----------
     name, temperature_K
         Title of the run and temperature of the model.
+    biased
+        Whether the reference data are biased along the coarse variables: their populations say
+        nothing then, and the arrays of the reference are left empty.
     torsion_names
         One or two names, e.g. ``("φ  C-N-CA-C", "ψ  N-CA-C-N")``: bead torsions that the free
         energy is drawn over.
@@ -71,6 +74,7 @@ class ReportData:
 
     name: str = "model"
     temperature_K: float = 300.0
+    biased: bool = False
     torsion_names: tuple[str, ...] = ()
     torsions_reference: np.ndarray = field(default_factory=_none)
     torsions_beads: np.ndarray = field(default_factory=_none)

@@ -6,6 +6,7 @@ sizes. The thresholds are written in the sentence of each verdict.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -57,6 +58,26 @@ def _unmeasured(claim: str) -> Verdict:
     return Verdict(claim, "not measured", "This run holds no data for it.")
 
 
+def _beside_populations(
+    judge_one: Callable[[ReportData], Verdict],
+) -> Callable[[ReportData], Verdict]:
+    """Answer "not measured" where the claim needs populations and the reference has none."""
+
+    @functools.wraps(judge_one)
+    def judge_if_unbiased(data: ReportData) -> Verdict:
+        verdict = judge_one(data)
+        if not data.biased:
+            return verdict
+        return Verdict(
+            verdict.claim,
+            "not measured",
+            "The reference data are biased along the coarse variables: they hold no populations to "
+            "compare with.",
+        )
+
+    return judge_if_unbiased
+
+
 def _graded(value: float, good: float, fair: float) -> Answer:
     """Grade a number of which less is better."""
     return "yes" if value <= good else "with care" if value <= fair else "no"
@@ -95,11 +116,13 @@ def _free_energy(
     return Verdict(claim, answer, reason)
 
 
+@_beside_populations
 def _bead_free_energy(data: ReportData) -> Verdict:
     size = data.independent_beads or len(data.torsions_beads)
     return _free_energy("Free energies from bead dynamics", data, data.torsions_beads, None, size)
 
 
+@_beside_populations
 def _atom_free_energy(data: ReportData) -> Verdict:
     claim = "Free energies from reweighted atoms"
     if not data.torsions_atomistic.size or not data.log_weights.size:
@@ -119,6 +142,7 @@ def _state_weights(data: ReportData) -> np.ndarray:
     return np.bincount(np.unique(data.atomistic_state, return_inverse=True)[1], weights)
 
 
+@_beside_populations
 def _bead_structure(data: ReportData) -> Verdict:
     claim = "Bead bonds and angles"
     rows = []
@@ -167,6 +191,7 @@ def _rare_reconstruction(data: ReportData) -> Verdict:
     return _ess("Atoms on rare bead states", data, True)
 
 
+@_beside_populations
 def _energies(data: ReportData) -> Verdict:
     claim = "All-atom energies after reweighting"
     if (

@@ -122,6 +122,19 @@ def test_targets_met_count_only_if_the_held_out_check_agrees():
     assert "Converged" not in verdict.reason
 
 
+def test_biased_reference_data_say_nothing_of_populations(good):
+    before, after = answers(good), answers(made(biased=True))
+    changed = {claim for claim in before if after[claim] != before[claim]}
+    assert {after[claim] for claim in changed} == {"not measured"}
+    assert changed == {
+        "Free energies from bead dynamics",
+        "Free energies from reweighted atoms",
+        "Bead bonds and angles",
+        "All-atom energies after reweighting",
+    }
+    assert "biased along the coarse variables" in judge(made(biased=True))[0].reason
+
+
 def test_few_samples_are_never_a_firm_yes():
     rng = np.random.default_rng(1)
     verdict = judge(made(torsions_beads=torsions(rng, 60)))[0]
