@@ -41,7 +41,7 @@ def explain(fault: Any, sections: dict[str, FieldInfo], text: str, filename: str
         what = (f"{keys[0]}: " if keys else "") + fault["msg"]
     line = _line_of(text, section, keys[0] if keys else None)
     where = f"{filename}, line {line}" if line else filename
-    return f"{where}, [{section}]: {what}"
+    return f"{where}, [{section}]: {what}" if section else f"{where}: {what}"
 
 
 def _line_of(text: str, section: str, key: str | None) -> int | None:

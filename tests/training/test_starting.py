@@ -167,7 +167,7 @@ def test_an_interrupted_start_goes_on_to_the_same_bits(made, tmp_path):
         ("\nbiased = true\n", 'needs source = "trajectory"'),
         (
             '\nsource = "structure"\n[force_field]\nrelative_entropy_rounds = 2\n',
-            "set relative_entropy_rounds = 0",
+            r"cycle.toml: relative_entropy_rounds .* set relative_entropy_rounds = 0",
         ),
     ],
 )
