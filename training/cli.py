@@ -1,4 +1,4 @@
-"""The command line: ``ccg init``, ``check``, ``train``, ``report``, ``info`` and ``backmap``.
+"""The command line: ``ccg init``, ``check``, ``train``, ``report``, ``info``, ``backmap`` ...
 
 Imports that take time stay inside the commands, so that ``ccg --help`` answers at once.
 """
@@ -281,3 +281,99 @@ def backmap(
                 model, beads, out, n_samples=n_samples, seed=seed, config=energies, force=force
             )
         )
+
+
+@app.command("free-energy")
+def free_energy(
+    model: ModelPath,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file with \\[system] and \\[potential].")
+    ],
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Variable: a torsion's name, or \\[NAME=]KIND:SITES with KIND distance, angle or "
+            "torsion and beads by name or number, 'phi=torsion:C1-N2-CA2-C2'; repeat for two."
+        ),
+    ] = None,
+    bins: Annotated[str, typer.Option(help="Bins per variable: 36, or 36,24.")] = "36",
+    ranges: Annotated[
+        list[str] | None,
+        typer.Option("--range", help="NAME=LOW:HIGH in Å or degrees; distances need one."),
+    ] = None,
+    check_with: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", metavar="MODEL", help="Model of the other way: beads, or torsions."
+        ),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Reweight to this temperature in K, too; repeat.")
+    ] = None,
+    basin: Annotated[
+        list[str] | None,
+        typer.Option(help="Region such as 'phi<0 and psi>60'; ΔF is against the first; repeat."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="NPZ file; the figure lies beside it.")
+    ] = Path("free_energy.npz"),
+    figure: Annotated[str, typer.Option(help="Format of the figure: png, svg or pdf.")] = "png",
+    samples: Annotated[int, typer.Option(min=8, help="Reconstructions per bin.")] = 64,
+    most: Annotated[
+        int, typer.Option(min=8, help="The most for a bin whose weights are uneven.")
+    ] = 512,
+    max_kt: Annotated[
+        float, typer.Option("--max-kT", min=0.0, help="Bins clearly above get no more calls.")
+    ] = 12.0,
+    max_calls: Annotated[
+        int | None, typer.Option(min=1, help="Most energy calls, lowest bins first.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Bead model: steps per umbrella window.")] = 10_000,
+    windows: Annotated[
+        int | None, typer.Option(min=2, help="Bead model: windows per variable.")
+    ] = None,
+    centres: Annotated[
+        bool, typer.Option("--centres", help="Torsion model: F at the centres, not of the bins.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed: same result.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Free energy over torsions, distances or angles, with error bars; ΔF between basins.
+
+    A torsion model gives it directly, a bead model through reweighted umbrella windows.
+    """
+    with _plain_errors("– the same command continues"):
+        from .free_energy_command import Request, free_energy_file
+        from .free_energy_sampling import Sampling
+        from .progress import Progress
+
+        request = Request(
+            model=model,
+            config=config,
+            out=out,
+            on=on or [],
+            bins=bins,
+            ranges=ranges or [],
+            second=check_with,
+            temperatures_K=temperature or [],
+            basins=basin or [],
+            centres=centres,
+            sampling=Sampling(
+                n_samples=samples,
+                n_most=max(samples, most),
+                max_kT=max_kt,
+                max_calls=max_calls,
+                seed=seed,
+            ),
+            window_steps=steps,
+            windows=windows,
+            figure=figure,
+            force=force,
+        )
+        with Progress(quiet=quiet) as progress:
+            lines, tables = free_energy_file(request, progress)
+        for title, rows in tables:
+            _print(_table(title, rows))
+        for line in lines:
+            _print(escape(line))
