@@ -109,8 +109,7 @@ class Walkers:
     """R walkers, flexible molecules, ff96 and OBC1, 300 K.
 
     The density of positions doesn't depend on the masses. Hydrogen has 3 Da here, taken from the
-    heavy atom that it's bonded to, so that a step of 2 fs is as short for its bonds as 1 fs is
-    otherwise.
+    heavy atom that it's bonded to: to its bonds, a step of 2 fs is like one of 1.3 fs otherwise.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 """F(φ, ψ) of alanine dipeptide against energy calls: reference, molecular dynamics, metadynamics.
 
-    export CCG_RUNS=...                         # holds alanine_held_out.npz of simulate.py
-    python free_energy_surface.py reference     # flattened in (φ, ψ), 1.4e8 calls, 20 min
+    export CCG_RUNS=...                         # with what `simulate.py alanine` writes
+    python free_energy_surface.py reference     # flattened in (φ, ψ)
     python free_energy_surface.py checks        # of the reference
-    python free_energy_surface.py md            # three seeds from the start structure, and stored
+    python free_energy_surface.py md            # reads the stored dynamics
     python free_energy_surface.py metadynamics  # three seeds
     python free_energy_surface.py table --add "cycle, direct=ours.npz"
     python free_energy_surface.py plot --add ...
@@ -12,7 +12,7 @@ ff96 with OBC1, 300 K, flexible molecules. Every step is an energy call, those b
 frame included. surface.py says what an error is, and how bins count that were never visited. Files
 to add hold `calls` (m,) and `free_energy_kT` (m, n, n) or (seeds, m, n, n), axes φ and ψ from -π,
 n = 24 or 36: of bins by `--add`, of the centres of bins by `--add-points`. Files are written into
-$CCG_RUNS/free_energy_surface, each at once; a reference that was stopped continues.
+$CCG_RUNS/free_energy_surface, each at once; what was stopped continues.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ccg_training.reference import write_npz
 
 CURVES = {
     "molecular dynamics": "md",
-    "molecular dynamics, stored": "md_stored",
+    "the same, longer": "md_long",
     "metadynamics, bias": "metadynamics_bias",
     "metadynamics, reweighted": "metadynamics_reweighted",
 }
@@ -69,18 +69,17 @@ def checks(folder: Path, args: argparse.Namespace) -> None:
 
 
 def md(folder: Path, args: argparse.Namespace) -> None:
-    """Run plain molecular dynamics, and read that which is stored."""
-    frames = args.runs / "alanine_held_out.npz"
-    baselines.stored(frames, folder / "md_stored.npz")
-    seeds = [args.seed + k for k in range(args.seeds)]
-    baselines.run(baselines.molecular_dynamics, (folder / "md.npz",), args.calls, seeds)
+    """Read plain molecular dynamics: all walkers over 4 ns, and two over 40 ns."""
+    files = [args.runs / "alanine.npz", args.runs / "alanine_held_out.npz"]
+    baselines.stored_dynamics(files).save(folder / "md.npz")
+    baselines.stored_dynamics(files[1:]).save(folder / "md_long.npz")
 
 
 def metadynamics(folder: Path, args: argparse.Namespace) -> None:
     """Run well-tempered metadynamics."""
     files = (folder / "metadynamics_bias.npz", folder / "metadynamics_reweighted.npz")
-    method = partial(baselines.metadynamics, width_rad=args.width)
-    baselines.run(method, files, args.calls, [args.seed + k for k in range(args.seeds)])
+    seeds = [args.seed + k for k in range(args.seeds)]
+    baselines.run_metadynamics(folder / "metadynamics", files, args.calls, seeds, args.width)
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def main() -> None:
 
     command(reference, chunks=24, walkers=1024, seed=20261123)
     command(checks)
-    command(md, calls=2e6, seeds=3, seed=1)
+    command(md)
     command(metadynamics, calls=1e7, seeds=3, seed=1, width=0.35)
     for shown in (command(table), command(plot, figure="free_energy_surface.png")):
         shown.add_argument("--add", action="append", default=[], metavar="NAME=FILE")

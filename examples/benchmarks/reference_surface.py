@@ -102,11 +102,11 @@ class Frames:
         parts = {f.stem: read_npz(f) for f in sorted(folder.glob("*.npz"))}
         static = [part for name, part in parts.items() if name.startswith("static")]
         sound = np.all([part["sound"] for part in parts.values()], axis=0)
-        steps = {stage.name: stage.steps for stage in stages(len(static))}
+        calls = {stage.name: stage.steps + 1 for stage in stages(len(static))}
         return cls(
             np.concatenate([part["angles"][:, sound] for part in static]),
             PeriodicBias(static[0]["bias"]),
-            sum(steps[name] for name in parts) * len(sound),
+            sum(calls[name] for name in parts) * len(sound),
             int((~sound).sum()),
         )
 

@@ -141,7 +141,7 @@ def unvisited(surface: np.ndarray, reference: Reference) -> float:
 
 
 def mean_and_spread(values: np.ndarray) -> str:
-    """Say the mean over seeds where it is finite, and the standard deviation if there are several."""
+    """Say mean and standard deviation over seeds; nothing unless all of them are finite."""
     if not np.isfinite(values).all():
         return ""
     spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
