@@ -7,7 +7,14 @@ from pathlib import Path
 from .config import Config
 
 # What may change between the parts of one run, since it doesn't change what was done so far.
-CHANGEABLE = ("run.directory", "run.threads", "cycle.iterations")
+CHANGEABLE = (
+    "run.directory",
+    "run.threads",
+    "run.device",
+    "run.workers",
+    "potential.evaluate",
+    "cycle.iterations",
+)
 
 
 class RunDirectoryError(ValueError):

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from ccg_ase.checkpoint import ModelFile, load_model, save_model
+from ccg_ase.devices import available
 from ccg_ase.torsion_map import TorsionMap
 
 from .config import Config
@@ -33,11 +34,14 @@ class Workspace:
     ------
     ReferenceDataError
         If the check of the mapping finds an error.
+    ValueError
+        If there is no such device as the run asks for.
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.directory = config, config.run.directory
         self.temperature_K = config.system.temperature_K
+        self.device = available(config.run.device)
         self.cg_map, self.potential = mapping_of(config), potential_of(config)
         refuse_faults(check_mapping(self.cg_map))
 
@@ -64,8 +68,8 @@ class Workspace:
         return self.directory / f"final_{self.config.cycle.iterations}"
 
     def model(self, k: int) -> ModelFile:
-        """Load the models of iteration k."""
-        return load_model(self.iteration(k) / "model.ccg")
+        """Load the models of iteration k, for the device of the run."""
+        return load_model(self.iteration(k) / "model.ccg", device=self.device)
 
     @property
     def last_model(self) -> ModelFile:
