@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("meta")
+_CPU = torch.device("cpu")
+_aten = torch.ops.aten
+# Operations that may read from one device and write to the other, and indices from the CPU.
+_ACROSS = (_aten._to_copy.default, _aten.copy_.default)
+_INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
 
 
 class OnDevice(torch.Tensor):
@@ -35,11 +39,17 @@ class OnDevice(torch.Tensor):
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held
 
+    # With these two, a module that is converted gets new tensors; setting `data` would leave the
+    # old numbers in `held`.
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict, *_: Any) -> OnDevice:
+        return cls(inner["held"])
+
     def __repr__(self, **_: Any) -> str:
         return f"OnDevice({self.held!r})"
-
-    def item(self) -> float:
-        return self.held.item()
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -51,37 +61,49 @@ class _Simulation(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-_SAME = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-
-
 def _run(func, args, kwargs):
     """Do an operation on the CPU; its results are where the operands, or the request, are."""
-    tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
-    there = [a for a in tensors if isinstance(a, OnDevice)]
-    asked = kwargs.get("device")
-    # A number without dimensions may come from the CPU.
-    here = [a for a in tensors if not isinstance(a, OnDevice) and a.ndim > 0]
-    if there and here and func not in _SAME:
+    there: list[OnDevice] = []
+    here: list[torch.Tensor] = []
+
+    def held(value: Any) -> Any:
+        if isinstance(value, OnDevice):
+            there.append(value)
+            return value.held
+        # A number without dimensions may come from the CPU.
+        if isinstance(value, torch.Tensor) and value.ndim:
+            here.append(value)
+        if isinstance(value, list | tuple):
+            return type(value)(map(held, value))
+        return value
+
+    inner = held(tuple(args))
+    options = {name: held(value) for name, value in kwargs.items()}
+    reads_indices = func in _INDEXING and isinstance(args[0], OnDevice)
+    if there and here and func not in _ACROSS and not reads_indices:
         raise RuntimeError(
             f"{func}: operands on the device {[tuple(a.shape) for a in there]} and on the CPU "
             f"{[tuple(a.shape) for a in here]}"
         )
-    device = there or (asked is not None and torch.device(asked).type == DEVICE.type)
-    if asked is not None and torch.device(asked).type == "cpu":
-        device = False
-    if func is torch.ops.aten.copy_.default:
-        device = isinstance(args[0], OnDevice)
-    if asked is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    inner = tree_map(lambda a: a.held if isinstance(a, OnDevice) else a, (args, kwargs))
-    result = func(*inner[0], **inner[1])
-    if not device:
+    on_device = bool(there)
+    if func is _aten.copy_.default:
+        on_device = isinstance(args[0], OnDevice)
+    if options.get("device") is not None:
+        on_device = torch.device(options["device"]).type == DEVICE.type
+        options["device"] = _CPU
+    result = func(*inner, **options)
+    if not on_device:
         return result
-    # An operation in place returns its operand.
-    known = {id(a.held): a for a in there}
-    return tree_map(
-        lambda a: known.get(id(a), OnDevice(a)) if isinstance(a, torch.Tensor) else a, result
-    )
+    known = {id(a.held): a for a in there}  # an operation in place returns its operand
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return known.get(id(value)) if id(value) in known else OnDevice(value)
+        if isinstance(value, list | tuple):
+            return type(value)(map(placed, value))
+        return value
+
+    return placed(result)
 
 
 @contextmanager

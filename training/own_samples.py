@@ -177,7 +177,7 @@ def own_sample_loss(
     with torch.set_grad_enabled(bool(terms.reverse_kl)):
         placed, _ = flow.from_noise(coarse, slots, **given)
     x = placed.detach().requires_grad_(bool(terms.reverse_kl))
-    temperature = batch.get("temperature_K", x.new_tensor(flow.temperature_K))
+    temperature = batch.get("temperature_K", x.new_full((), flow.temperature_K))
     kt = thermal_energy(1.0) * temperature.double()
     energy, forces = (
         torch.from_numpy(np.asarray(a, np.float64)).to(x.device)
