@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class ModelFile:
         Format version that the file was written in.
     retired
         Parts of an older file that no longer exist in that form, each with what to do about it.
+    device
+        Where parts are put.
     """
 
     cg_map: CGMap | TorsionMap
@@ -58,6 +61,7 @@ class ModelFile:
     metrics: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
     retired: dict[str, str] = field(default_factory=dict)
+    device: str | torch.device = "cpu"
 
     def restore(self, name: str, kind: type[Part]) -> Part:
         """Rebuild a part: `kind.from_config`, then its state, strictly, in stored precision.
@@ -83,7 +87,7 @@ class ModelFile:
             raise ModelFileError(
                 f"the tensors of '{name}' don't fit its config: {error}"
             ) from error
-        return part
+        return part.to(self.device)
 
 
 def save_model(
@@ -151,8 +155,8 @@ def content_digest(text: str, module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Read a model file.
+def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ModelFile:
+    """Read a model file; its parts will be put on a device, whichever they were written on.
 
     Raises
     ------
@@ -204,6 +208,7 @@ def load_model(path: str | os.PathLike[str]) -> ModelFile:
         metrics=header["metrics"],
         version=version,
         retired=retired,
+        device=device,
     )
 
 

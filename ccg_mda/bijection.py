@@ -11,6 +11,7 @@ from positions is one parallel pass, positions from noise one pass per generatio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,6 +103,12 @@ class Bijection(nn.Module):
             for g in range(last + 1)
         ]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bijection:
+        # The schedule isn't a buffer, but has to go wherever these do.
+        super()._apply(fn, recurse)
+        self._steps = [_Step(*map(fn, step)) for step in self._steps]
+        return self
+
     @property
     def active(self) -> Tensor:
         """Which coordinates r, θ, φ of each slot have noise, (n_slots, 3)."""
@@ -123,10 +130,13 @@ class Bijection(nn.Module):
         return int(self.active.sum())
 
     def sample_noise(self, rng: np.random.Generator, shape: tuple[int, ...] = ()) -> Tensor:
-        """Draw base noise (*shape, n_dof), float64: the same for the same generator everywhere."""
+        """Draw base noise (*shape, n_dof), float64: the same for the same generator everywhere.
+
+        Numbers are drawn on the CPU, then put where the flow is.
+        """
         masks = (self.normal_dof, self.rotor_dof, self.coordinates.charted)
         noise = self.base.sample(rng, shape, *(mask.cpu().numpy() for mask in masks))
-        return noise[..., self.active.cpu()]
+        return noise[..., self.active.cpu()].to(self.active.device)
 
     def log_base(self, noise: Tensor) -> Tensor:
         """Return the log-density, (*shape,), of base noise (*shape, n_dof); of `sample_noise`."""
@@ -170,7 +180,8 @@ class Bijection(nn.Module):
         Coordinates that aren't active are taken from s, or are what they are held at.
         """
         points, coordinates = self.assembly.first_points(coarse), self.coordinates
-        values = coordinates.hold(values, coarse, torch.arange(values.shape[1]))
+        every = torch.arange(values.shape[1], device=values.device)
+        values = coordinates.hold(values, coarse, every)
         for step in self._steps:
             if len(step.opening):
                 points = self.assembly.open(points, coarse, step.opening)

@@ -10,6 +10,7 @@ import torch
 from MDAnalysis.lib.mdamath import triclinic_vectors
 from torch import nn
 
+from ccg_ase.devices import device_of
 from ccg_ase.units import thermal_energy
 
 from .bounds import Sandwich, forward_effective_sample_size, sandwich
@@ -255,13 +256,13 @@ def diagnose(
             continue
         here = boxes[rows] if np.ndim(boxes) == 2 else boxes
         keywords = {} if here is None else {"box": _cell_vectors(here)}
-        known = torch.from_numpy(x[rows])
+        known = torch.from_numpy(x[rows]).to(device_of(backmapper))
         with torch.no_grad():
             distribution = backmapper(cg_map.apply(known), **keywords)
             drawn, log_q = distribution.positions_and_log_prob_from(noise[:, rows])
-            samples, log_q = drawn.transpose(0, 1).numpy(), log_q.T.numpy()
+            samples, log_q = drawn.transpose(0, 1).cpu().numpy(), log_q.T.cpu().numpy()
             if potential is not None:
-                log_q_frames = distribution.log_prob(known).numpy()
+                log_q_frames = distribution.log_prob(known).cpu().numpy()
         probe.add(samples, x[rows], here)
         if potential is not None:
             log_weight.append(-potential(samples)[0] / kT - log_q)

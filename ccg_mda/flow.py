@@ -115,9 +115,11 @@ class Backmapper(Bijection):
         return model.restore("backmapper", cls).eval()
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Backmapper:
+    def load(
+        cls, path: str | PathLike[str], *, device: str | torch.device = "cpu"
+    ) -> Backmapper:
         """Load the backmapper of a ``.ccg`` model file."""
-        return cls.from_model(load_model(path))
+        return cls.from_model(load_model(path, device=device))
 
     def with_conditioner(self, dtype: torch.dtype) -> Backmapper:
         """Return a copy whose network works in ``dtype``, such as the faster float32.
@@ -230,7 +232,8 @@ class Backmapper(Bijection):
         """Raise ValueError unless rigid coordinates of (batch, n_atoms, 3) are as they are held."""
         if self._rigid.any():
             points = self.assembly.points(self.cg_map.apply(positions), positions)
-            slot = self.coordinates.first_unheld(points, torch.as_tensor(self._rigid))
+            rigid = torch.as_tensor(self._rigid, device=points.device)
+            slot = self.coordinates.first_unheld(points, rigid)
             if slot is not None:
                 label = atom_label(self.cg_map.atoms, self.placement.atoms[slot])
                 raise ValueError(

@@ -6,7 +6,6 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +17,7 @@ from MDAnalysis.coordinates.timestep import Timestep
 from MDAnalysis.exceptions import NoDataError
 from MDAnalysis.transformations.base import TransformationBase
 
+from ccg_ase.devices import device_of
 from ccg_ase.units import thermal_energy
 from ccg_mda.bead_checks import BeadCheck
 from ccg_mda.bead_sources import in_model_order
@@ -156,15 +156,14 @@ class Backmap(TransformationBase):
         if atoms is not None and potential is not None:
             raise ValueError(_NO_PART)
         np.random.SeedSequence(seed)  # refuses what isn't a seed
-        tensor = next(chain(model.parameters(), model.buffers()), torch.empty(0))
+        self._device, self._check = device_of(model), BeadCheck(model.cg_map)
         # CUDA doesn't survive a fork.
-        super().__init__(max_threads=1, parallelizable=tensor.device.type == "cpu")
+        super().__init__(max_threads=1, parallelizable=self._device.type == "cpu")
         self.model = model
         self.temperature_K = model.temperature_K if temperature_K is None else float(temperature_K)
         self.seed = int(seed)
         self.potential = potential
         self.prefetch, self.relax, self.atoms = int(prefetch), int(relax), atoms
-        self._device, self._check = tensor.device, BeadCheck(model.cg_map)
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
 
     def __call__(self, ts: Timestep) -> Timestep:

@@ -200,11 +200,11 @@ def anneal(
 def _labelled(particles: Particles, acceptance: np.ndarray, ess: np.ndarray) -> AnnealedSamples:
     """Pull the labels back from energies and forces that are known."""
     space, points = particles.space, particles.points
-    energy, forces = points.energy.numpy(), points.forces.numpy()
+    energy, forces = points.energy.cpu().numpy(), points.forces.cpu().numpy()
     samples = pull_back(
         space.backmapper,
         Replay(energy.ravel(), forces.reshape(-1, *forces.shape[2:])),
-        space.beads.numpy(),
+        space.beads.cpu().numpy(),
         points.noise.transpose(0, 1),
         batch_size=space.batch_size,
     )

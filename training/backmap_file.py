@@ -20,6 +20,7 @@ def backmap_file(
     seed: int = 0,
     config: Path | None = None,
     force: bool = False,
+    device: str = "cpu",
 ) -> str:
     """Write the atoms of a bead trajectory.
 
@@ -38,6 +39,8 @@ def backmap_file(
         TOML file whose [potential] gives energies and weights; its temperature must be the model's.
     force
         Overwrite files that are there.
+    device
+        Where the model, and energies in torch, are evaluated.
 
     Returns
     -------
@@ -48,6 +51,7 @@ def backmap_file(
     from MDAnalysis.coordinates.core import get_writer_for
 
     from ccg_ase.checkpoint import load_model
+    from ccg_ase.devices import available
     from ccg_ase.energies import bead_energies
     from ccg_ase.forcefield import ForceField
     from ccg_ase.units import thermal_energy
@@ -67,10 +71,10 @@ def backmap_file(
         get_writer_for(str(out), multiframe=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"can't write {out}: {error}; try the ending .xtc or .pdb") from error
-    loaded = load_model(model)
+    loaded = load_model(model, device=available(device))
     backmapper, potential = Backmapper.from_model(loaded), None
     if config is not None:
-        settings = Config.load(config)
+        settings = Config.load(config).on_device(device)
         potential, temperature_K = potential_of(settings), settings.system.temperature_K
         if abs(temperature_K - loaded.temperature_K) > 1e-6:
             raise ValueError(

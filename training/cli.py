@@ -33,6 +33,10 @@ TABLE_WIDTH = 120
 INTERRUPTED = 130  # shells' code for a program that SIGINT ended
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file of the run.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1 ... or auto; goes before that of the TOML file."),
+]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Model file (*.ccg).")]
 
 
@@ -189,13 +193,17 @@ def train(
         bool, typer.Option("--fresh", help="Move a run that is there aside, and begin again.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    device: Device = None,
 ) -> None:
     """Run the cycle: reference data, flow, force field, and their iterations."""
     with _plain_errors(f"– continue with: ccg train {config} --resume"):
+        from ccg_ase.devices import available
+
         from .config import Config
         from .run_directory import prepare_run
 
-        loaded = Config.load(config)
+        loaded = Config.load(config).on_device(device)
+        available(loaded.run.device)
         directory = prepare_run(loaded, resume=resume, fresh=fresh)
         from .cycle import run_cycle
         from .progress import Progress
@@ -271,6 +279,7 @@ def backmap(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    device: Device = "cpu",
 ) -> None:
     """Put atoms on a bead trajectory; densities and weights go to OUT with the ending .npz."""
     with _plain_errors():
@@ -278,7 +287,14 @@ def backmap(
 
         _print(
             backmap_file(
-                model, beads, out, n_samples=n_samples, seed=seed, config=energies, force=force
+                model,
+                beads,
+                out,
+                n_samples=n_samples,
+                seed=seed,
+                config=energies,
+                force=force,
+                device=device,
             )
         )
 

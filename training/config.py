@@ -102,6 +102,9 @@ class Potential(Section):
         min_length=1,
         description="OpenMM force-field XML names or files; no box, no constraints",
     )
+    evaluate: Literal["auto", "openmm", "torch"] = Field(
+        "auto", description="auto (torch on a GPU if it can, else openmm) | openmm | torch"
+    )
 
 
 class Mapping(Section):
@@ -336,6 +339,12 @@ class Run(Section):
     threads: PositiveInt = Field(
         1, description="CPU threads for training; 2 stall on a busy machine"
     )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        "cpu", description="cpu | cuda | cuda:1 ... | auto: a GPU if there is one"
+    )
+    workers: PositiveInt | None = Field(
+        None, description="processes for OpenMM's energies; default: one for each core"
+    )
 
 
 class Config(Section):
@@ -371,6 +380,24 @@ class Config(Section):
         object.__setattr__(self, "system", system)
         object.__setattr__(self, "run", run)
         return self
+
+    def on_device(self, device: str | None) -> Config:
+        """Return this run on another device than its file names; as it is for None.
+
+        Raises
+        ------
+        ConfigError
+            If that isn't the name of one.
+        """
+        if device is None:
+            return self
+        try:
+            run = Run.model_validate(dict(self.run) | {"device": device})
+        except ValidationError:
+            raise ConfigError(
+                f"no device is called {device!r}: give cpu, cuda, cuda:1 ... or auto"
+            ) from None
+        return self.model_copy(update={"run": run})
 
     @classmethod
     def load(cls, path: str | Path) -> Config:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ccg_ase.devices import device_of
 from ccg_mda.flow import Backmapper
 
 from .flow_frames import Batches, FlowFrames, relabellings
@@ -334,15 +335,17 @@ def frame_nll(
         ``temperature_K`` (n,) and ``box`` (n, 3, 3) of the frames, if the flow is conditioned on
         them.
     """
-    dtype = next(flow.parameters()).dtype
+    place = {"device": device_of(flow), "dtype": next(flow.parameters()).dtype}
     centred = positions - positions.mean(1, keepdims=True)
     parts = []
     for start in range(0, len(positions), batch_size):
         part = slice(start, start + batch_size)
-        x = torch.from_numpy(centred[part]).to(dtype)
-        given = {k: torch.from_numpy(np.asarray(a[part])).to(dtype) for k, a in conditions.items()}
+        x = torch.from_numpy(centred[part]).to(**place)
+        given = {
+            k: torch.from_numpy(np.asarray(a[part])).to(**place) for k, a in conditions.items()
+        }
         parts.append(-flow.to_noise_terms(x, flow.cg_map.apply(x), **given)[2].double())
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).cpu().numpy()
 
 
 def mean_nll(flow: Backmapper, positions: np.ndarray, **options: Any) -> float:

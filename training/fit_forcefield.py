@@ -164,7 +164,7 @@ def _fit_member(
     best_weights = [p.clone() for p in average]
     step, waited, typical_norm = 0, 0, None
     while step < settings.steps and waited < settings.patience:
-        loss = _loss(model, train, next(batches))
+        loss = _loss(model, train, next(batches).to(train.beads.device))
         optimizer.zero_grad()
         loss.backward()
         limit = math.inf if typical_norm is None else settings.clip * typical_norm
@@ -215,7 +215,8 @@ class _Data:
 
     def __init__(self, labels: Labels, settings: FitSettings, force_field: ForceField) -> None:
         def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+            array = np.ascontiguousarray(array, dtype=np.float32)
+            return torch.from_numpy(array).to(force_field.device)
 
         known = np.isfinite(labels.free_energy)
         floor = (settings.free_energy_floor_kT * thermal_energy(force_field.temperature_K)) ** 2
@@ -227,9 +228,10 @@ class _Data:
         self.boxes = None if np.isnan(labels.boxes).any() else tensor(labels.boxes)
         temperature_K = np.nan_to_num(labels.temperature_K, nan=force_field.temperature_K)
         force_field.temperatures_K.check(temperature_K)
-        self.temperature_K = torch.from_numpy(temperature_K)
+        self.temperature_K = torch.from_numpy(temperature_K).to(force_field.device)
         # F is known up to a constant at every temperature.
-        self.group = torch.from_numpy(np.unique(temperature_K, return_inverse=True)[1])
+        group = np.unique(temperature_K, return_inverse=True)[1]
+        self.group = torch.from_numpy(group).to(force_field.device)
         self.force, self.force_variance = tensor(labels.force), tensor(labels.force_variance)
         # Where the noise is unknown it is nearly everything: then all the mean square counts as it.
         mean_square = float((self.force**2).mean())
@@ -269,7 +271,8 @@ def _predict(energy_of: Callable[[Tensor, Tensor], Tensor], data: _Data) -> tupl
     """Energies and forces at all labelled states, of a function of beads and label indices."""
     energies, forces = [], []
     n_labels, n_beads, _ = data.beads.shape
-    for index in torch.arange(n_labels).split(max(1, _EVALUATION_BEADS // n_beads)):
+    every = torch.arange(n_labels, device=data.beads.device)
+    for index in every.split(max(1, _EVALUATION_BEADS // n_beads)):
         beads = data.beads[index].requires_grad_()
         with torch.enable_grad():
             energy = energy_of(beads, index)
@@ -305,7 +308,7 @@ def _evaluate(model: ForceField, data: _Data, kT: float) -> dict[str, float]:
     mean_square, error = excess(0.0), excess(force)
     prior_error = excess(of_prior)
     u = data.free_energy_weight
-    everything = torch.arange(len(force))
+    everything = torch.arange(len(force), device=force.device)
     shift = (u * (data.free_energy - energy)).sum() / u.sum()
     energy_square = (u * data.excess(everything, energy) ** 2).sum() / u.sum()
     energy_noise = (u * data.free_energy_variance).sum() / u.sum()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccg_ase.devices import device_of
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
@@ -147,7 +148,9 @@ class Batches:
         """Yield all frames once, as they are, in batches of at most ``size``."""
         columns = self._by_atom | self._by_frame
         for start in range(0, len(columns["weight"]), size):
-            yield {name: array[start : start + size] for name, array in columns.items()}
+            yield self._there(
+                {name: array[start : start + size] for name, array in columns.items()}
+            )
 
     def draw(self, size: int) -> dict[str, Tensor]:
         """Return one batch of ``size`` frames of weight one, drawn by weight, with replacement."""
@@ -157,4 +160,7 @@ class Batches:
         order = order[..., None].expand(-1, -1, 3)
         batch = {name: torch.gather(a[chosen], 1, order) for name, a in self._by_atom.items()}
         batch |= {name: a[chosen] for name, a in self._by_frame.items()}
-        return batch | {"weight": torch.ones(size)}
+        return self._there(batch | {"weight": torch.ones(size)})
+
+    def _there(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: array.to(device_of(self._flow)) for name, array in batch.items()}

@@ -77,14 +77,18 @@ def hmc_move(
         where all were.
     """
     shape = points.log_base.shape
-    jitter = torch.from_numpy(rng.uniform(1 - _JITTER, 1 + _JITTER, (*shape, 1)))
-    step = torch.from_numpy(step_size)[:, None] * jitter
-    momentum = torch.from_numpy(rng.standard_normal(points.noise.shape))
+
+    def there(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(points.noise.device)
+
+    jitter = there(rng.uniform(1 - _JITTER, 1 + _JITTER, (*shape, 1)))
+    step = there(step_size)[:, None] * jitter
+    momentum = there(rng.standard_normal(points.noise.shape))
     new, new_momentum = leapfrog(space, points, momentum, fraction, step, n_leapfrog)
     kinetic = 0.5 * (new_momentum.square() - momentum.square()).sum(-1)
     log_ratio = new.log_target(fraction) - points.log_target(fraction) - kinetic
     log_ratio = torch.where(log_ratio.isnan(), -torch.inf, log_ratio)
-    accepted = torch.from_numpy(-rng.standard_exponential(shape)) < log_ratio
+    accepted = there(-rng.standard_exponential(shape)) < log_ratio
     regular = torch.isfinite(points.log_weight)
     probability = (log_ratio.clamp(max=0.0).exp() * regular).sum(1) / regular.sum(1).clamp(min=1)
-    return points.replaced(accepted, new), probability.numpy()
+    return points.replaced(accepted, new), probability.cpu().numpy()

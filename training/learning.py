@@ -60,7 +60,7 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
             around_A=settings.around_A,
             families=settings.families,
             defensive=settings.defensive,
-        )
+        ).to(workspace.device)
     batch = 2 * settings.batch_size
     frames = FlowFrames(train.positions, np.ones(len(train)))
     fit = fit_flow(
@@ -84,7 +84,7 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
 def fit_coordinates(workspace: Workspace, stage: Stage) -> Metrics:
     """Fit the flow to forces along internal coordinates: cheap, and without a force field."""
     folder, steps = workspace.iteration(0), workspace.config.flow.coordinate_steps
-    flow = Backmapper.load(folder / "likelihood.ccg")
+    flow = Backmapper.load(folder / "likelihood.ccg", device=workspace.device)
     terms = FlowLoss.named("coordinate_force")
     train, held_out = _with_forces(workspace, flow)
     metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, 0, 12)
@@ -98,7 +98,7 @@ def fit_forces_by_torsions(workspace: Workspace, stage: Stage) -> Metrics:
     There is no force field over torsions, hence no term that needs F(s).
     """
     folder, settings = workspace.iteration(0), workspace.config.flow
-    flow = Backmapper.load(folder / "flow.ccg")
+    flow = Backmapper.load(folder / "flow.ccg", device=workspace.device)
     terms = without_free_energy(FlowLoss.named(settings.loss))
     train, held_out = _with_forces(workspace, flow)
     metrics = _fit(workspace, stage, flow, train, held_out, terms, settings.force_steps, 0, 3)
@@ -110,8 +110,9 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     """Fit the flow to forces: on frames, and after the first iteration on its own samples."""
     folder, settings = workspace.iteration(k), workspace.config.flow
     if k == 0:
-        flow = Backmapper.load(folder / "flow.ccg")
-        force_field = ForceField.from_model(load_model(folder / "force_field.ccg"))
+        flow = Backmapper.load(folder / "flow.ccg", device=workspace.device)
+        stored = load_model(folder / "force_field.ccg", device=workspace.device)
+        force_field = ForceField.from_model(stored)
     else:
         before = workspace.model(k - 1)
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
@@ -210,7 +211,7 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         np.linspace(0, len(train) - 1, workspace.config.cycle.n_frame_labels).astype(int)
     )
     last = "model.ccg" if workspace.by_torsions else "flow.ccg"
-    flow = Backmapper.load(workspace.iteration(k) / last)
+    flow = Backmapper.load(workspace.iteration(k) / last, device=workspace.device)
     force_variance, log_weight_variance = _scatter(workspace, k)
     kt = thermal_energy(workspace.temperature_K)
     parts = []
@@ -268,7 +269,7 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
                 l_max=settings.l_max,
                 n_layers=settings.n_layers,
                 cutoff_A=settings.cutoff_A,
-            )
+            ).to(workspace.device)
     else:
         force_field = ForceField.from_model(workspace.model(k - 1))
     labels, held_out = force_field_labels(workspace, k)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ccg_ase.devices import device_of
 from ccg_ase.units import thermal_energy
 from ccg_mda.transforms import wrap
 
@@ -67,7 +68,8 @@ class NoisePoints:
 
     def taken(self, index: Tensor) -> NoisePoints:
         """Return point index[s, k] of state s as its point k; index has shape (S, K)."""
-        states = torch.arange(len(index))[:, None]
+        index = index.to(self.noise.device)
+        states = torch.arange(len(index), device=index.device)[:, None]
         return NoisePoints(*(array[states, index] for array in self._arrays()))
 
     def _arrays(self) -> list[Tensor]:
@@ -109,7 +111,7 @@ class NoiseSpace:
         batch_size: int = 1024,
     ) -> None:
         self.backmapper, self.potential, self.batch_size = backmapper, potential, batch_size
-        self.beads = torch.as_tensor(beads).detach().to(torch.float64)
+        self.beads = torch.as_tensor(beads).detach().to(device_of(backmapper), torch.float64)
         inner = backmapper.cg_map.coarse_shape
         if self.beads.ndim != len(inner) + 1 or self.beads.shape[1:] != inner:
             raise ValueError(
@@ -163,8 +165,8 @@ class NoiseSpace:
     def _energy_and_forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Call the potential where positions (n, n_atoms, 3) are in reach; else U = +inf."""
         near = (x.abs() < _FARTHEST_A).all(-1).all(-1)
-        energy, forces = torch.full(x.shape[:1], torch.inf, dtype=x.dtype), torch.zeros_like(x)
-        values = self.potential(x[near].numpy())
-        energy[near], forces[near] = (torch.as_tensor(v, dtype=x.dtype) for v in values)
+        energy, forces = x.new_full(x.shape[:1], torch.inf), torch.zeros_like(x)
+        values = self.potential(x[near].cpu().numpy())
+        energy[near], forces[near] = (torch.as_tensor(v).to(x) for v in values)
         self.n_calls += int(near.sum())
         return energy, forces

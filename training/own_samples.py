@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccg_ase.devices import device_of
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 from ccg_mda.potential import Potential
@@ -82,6 +83,7 @@ class OwnStates:
     ) -> None:
         self._conditions, self._own, self._rng = given_conditions(frames), own, rng
         self._together, self._n_frames = own.coarse is None, len(frames)
+        self._device = device_of(flow)
         self._coarse = flow.cg_map.apply(frames.positions) if self._together else own.coarse
 
     def draw(self) -> dict[str, Tensor]:
@@ -95,7 +97,10 @@ class OwnStates:
         if not self._together:
             chosen = self._rng.integers(0, self._n_frames, size)
         arrays |= {name: array[chosen] for name, array in self._conditions.items()}
-        return {k: torch.from_numpy(np.asarray(a, np.float32)) for k, a in arrays.items()}
+        return {
+            k: torch.from_numpy(np.asarray(a, np.float32)).to(self._device)
+            for k, a in arrays.items()
+        }
 
 
 def capped(excess: Tensor, cap: float) -> tuple[Tensor, Tensor]:
@@ -172,11 +177,11 @@ def own_sample_loss(
     with torch.set_grad_enabled(bool(terms.reverse_kl)):
         placed, _ = flow.from_noise(coarse, slots, **given)
     x = placed.detach().requires_grad_(bool(terms.reverse_kl))
-    temperature = batch.get("temperature_K", torch.tensor(flow.temperature_K))
+    temperature = batch.get("temperature_K", x.new_full((), flow.temperature_K))
     kt = thermal_energy(1.0) * temperature.double()
     energy, forces = (
-        torch.from_numpy(np.asarray(a, np.float64))
-        for a in own.potential(x.detach().double().numpy())
+        torch.from_numpy(np.asarray(a, np.float64)).to(x.device)
+        for a in own.potential(x.detach().double().cpu().numpy())
     )
     excess, slope, alive = _excess(energy / kt, n_states, own.cap_kT)
     _, _, log_q = flow.to_noise_terms(x, coarse, **given)

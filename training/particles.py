@@ -42,7 +42,7 @@ class Particles:
 
     def reweigh(self, increment: float) -> None:
         """Carry λ on by an increment."""
-        self.log_weight = self.log_weight + increment * self.points.log_weight.numpy()
+        self.log_weight = self.log_weight + increment * self.points.log_weight.cpu().numpy()
 
     def resample(self, below: float) -> None:
         """Draw the particles of states with an effective sample size below a fraction anew.
@@ -72,12 +72,12 @@ class Particles:
 
     def spread(self) -> np.ndarray:
         """Return the standard deviation of each noise variable, (S, n_dof), about its mean."""
-        weight = torch.from_numpy(normalised_weights(self.log_weight))[..., None]
         noise, circular = self.points.noise, self.space.backmapper.circular_noise
+        weight = torch.from_numpy(normalised_weights(self.log_weight))[..., None].to(noise)
         sine, cosine = ((weight * wave(noise)).sum(1) for wave in (torch.sin, torch.cos))
         mean = torch.where(circular, torch.atan2(sine, cosine), (weight * noise).sum(1))
         deviation = self.space.moved(noise, -mean[:, None])
-        return (weight * deviation.square()).sum(1).sqrt().numpy()
+        return (weight * deviation.square()).sum(1).sqrt().cpu().numpy()
 
     def increment(self, conditional_ess: float, rest: float) -> float:
         """Return the largest step of λ, up to ``rest``, with that conditional ESS at every state.
@@ -85,7 +85,7 @@ class Particles:
         It is (Σ w v)² / (Σ w Σ w v²) of particles without a clash, w their weights and v their
         growth (Zhou, Johansen, Aston, J. Comput. Graph. Stat. 25, 701 (2016)).
         """
-        exponent = self.points.log_weight.numpy()
+        exponent = self.points.log_weight.cpu().numpy()
         regular = np.isfinite(self.log_weight) & np.isfinite(exponent)
         weight = normalised_weights(np.where(regular, self.log_weight, -np.inf))
         exponent = np.where(regular, exponent, -np.inf)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ccg_ase.devices import device_of
 from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
 from ccg_mda.potential import Potential
@@ -84,7 +85,7 @@ def pull_back(
     ValueError
         If shapes don't fit.
     """
-    states, inner = _float64(beads), backmapper.cg_map.coarse_shape
+    states, inner = _float64(beads, backmapper), backmapper.cg_map.coarse_shape
     fits = noise.ndim == 3 and states.shape == (noise.shape[1], *inner)
     if not fits:
         raise ValueError(
@@ -92,7 +93,7 @@ def pull_back(
             f"got {tuple(states.shape)} and {tuple(noise.shape)}"
         )
     n_samples, n_states = noise.shape[:2]
-    flat_noise = noise.detach().transpose(0, 1).flatten(0, 1)
+    flat_noise = noise.detach().to(states).transpose(0, 1).flatten(0, 1)
     flat_states = states.repeat_interleave(n_samples, 0)
     pieces = [
         _pull_back_batch(backmapper, potential, flat_states[part], flat_noise[part])
@@ -103,7 +104,7 @@ def pull_back(
         array.reshape(n_states, n_samples, *array.shape[1:]) for array in arrays
     )
     return Samples(
-        beads=states.numpy(),
+        beads=states.cpu().numpy(),
         positions=x,
         forces=forces,
         energy=energy,
@@ -140,7 +141,7 @@ def pull_back_frames(
         If the backmapper doesn't return a frame from its own noise: the flow doesn't cover it.
     """
     positions, forces = in_own_frame(backmapper, positions, forces)
-    x = _float64(positions)
+    x = _float64(positions, backmapper)
     beads = backmapper.cg_map.apply(x)
     noise = []
     with torch.no_grad():
@@ -157,7 +158,7 @@ def pull_back_frames(
                 )
     stored = Replay(energy, forces)
     samples = pull_back(
-        backmapper, stored, beads.numpy(), torch.cat(noise)[None], batch_size=batch_size
+        backmapper, stored, beads.cpu().numpy(), torch.cat(noise)[None], batch_size=batch_size
     )
     return replace(samples, n_calls=0)
 
@@ -179,7 +180,7 @@ def in_own_frame(
     """
     if not isinstance(backmapper.cg_map, TorsionMap):
         return positions, forces
-    x, rotated = _float64(positions), []
+    x, rotated = _float64(positions, backmapper), []
     with torch.no_grad():
         for part in _batches(len(x), batch_size):
             distribution = backmapper(backmapper.cg_map.apply(x[part]))
@@ -187,8 +188,8 @@ def in_own_frame(
             arms, goals = (v - v.mean(1, keepdim=True) for v in (x[part], placed))
             turn = superposing_rotation(arms, goals)
             turned = arms @ turn + placed.mean(1, keepdim=True)
-            rotated.append(torch.cat([turned, _float64(forces[part]) @ turn], -1))
-    both = torch.cat(rotated).numpy()
+            rotated.append(torch.cat([turned, _float64(forces[part], backmapper) @ turn], -1))
+    both = torch.cat(rotated).cpu().numpy()
     return both[..., :3], both[..., 3:]
 
 
@@ -260,15 +261,15 @@ def _pull_back_batch(backmapper, potential, beads, noise):
     with torch.enable_grad():
         beads = beads.clone().requires_grad_()
         x, log_prob = backmapper(beads).positions_and_log_prob_from(noise)
-        positions = x.detach().numpy()
+        positions = x.detach().cpu().numpy()
         energy, forces = (np.asarray(value, dtype=np.float64) for value in potential(positions))
-        log_weight = (torch.from_numpy(forces / kT) * x).sum((-1, -2)) - log_prob
+        log_weight = (torch.from_numpy(forces / kT).to(x) * x).sum((-1, -2)) - log_prob
         (gradient,) = torch.autograd.grad(log_weight.sum(), beads)
-    return positions, energy, forces, log_prob.detach().numpy(), kT * gradient.numpy()
+    return positions, energy, forces, log_prob.detach().cpu().numpy(), kT * gradient.cpu().numpy()
 
 
-def _float64(array: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(array).detach().to(torch.float64)
+def _float64(array: np.ndarray, backmapper: nn.Module) -> torch.Tensor:
+    return torch.as_tensor(array).detach().to(device_of(backmapper), torch.float64)
 
 
 def _batches(n: int, size: int) -> list[slice]:

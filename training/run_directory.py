@@ -11,6 +11,9 @@ from .stages import write_text
 CHANGEABLE = (
     "run.directory",
     "run.threads",
+    "run.device",
+    "run.workers",
+    "potential.evaluate",
     "cycle.iterations",
     *(f"stop.{key}" for key in Stop.model_fields),
 )

@@ -93,7 +93,7 @@ def ase_bead_dynamics(
     if save_every < 1 or n_steps < save_every or n_steps % save_every:
         raise ValueError(f"save_every={save_every} must divide n_steps={n_steps}")
     temperature_K = force_field.temperature_K if temperature_K is None else temperature_K
-    calculator = CGCalculator(force_field, replicas=len(beads))
+    calculator = CGCalculator(force_field, replicas=len(beads), device=force_field.device)
     calculator.check_temperature(temperature_K)
     settings = {
         "driver": driver,

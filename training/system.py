@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ccg_ase.devices import available
 from ccg_ase.mapping import CGMap
 from ccg_ase.torsion_map import TorsionMap
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from MDAnalysis import Universe
 
     from ccg_mda.placement import Placement
-    from ccg_mda.potential import OpenMMPotential
+    from ccg_mda.potential import CheckedPotential
 
 
 def universe_of(config: Config) -> Universe:
@@ -53,11 +55,30 @@ def placement_of(config: Config, cg_map: CGMap | TorsionMap) -> Placement:
     )
 
 
-def potential_of(config: Config) -> OpenMMPotential:
-    """Return the potential of the [potential] section."""
-    from ccg_mda.potential import OpenMMPotential
+def potential_of(config: Config) -> CheckedPotential:
+    """Return the potential of the [potential] section, to be evaluated where [run] says.
 
-    return OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
+    On a GPU that is torch, or OpenMM with a warning where torch can't; on CPUs OpenMM in processes.
+
+    Raises
+    ------
+    ValueError, NotImplementedError
+        If there is no such device, or torch is asked for and can't.
+    """
+    from ccg_mda.parallel_potential import ParallelPotential
+    from ccg_mda.potential import OpenMMPotential
+    from ccg_mda.torch_potential import TorchSystemPotential
+
+    openmm = OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
+    device, evaluate = available(config.run.device), config.potential.evaluate
+    if evaluate == "torch":
+        return TorchSystemPotential.from_system(openmm.system, device=device)
+    if evaluate == "auto" and device.type != "cpu":
+        try:
+            return TorchSystemPotential.from_system(openmm.system, device=device)
+        except NotImplementedError as error:
+            warnings.warn(f"energies come from OpenMM on the CPU: {error}", stacklevel=2)
+    return ParallelPotential(openmm, config.run.workers)
 
 
 def first_config(topology: Path, forcefield: list[str] | None, folder: Path) -> Config:

@@ -37,7 +37,7 @@ def check_turn(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     """
     folder = workspace.iteration(k)
     before, flow_after, ff_after = (
-        load_model(path)
+        load_model(path, device=workspace.device)
         for path in (
             workspace.iteration(k - 1) / "model.ccg",
             folder / "flow.ccg",

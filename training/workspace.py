@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from ccg_ase.checkpoint import ModelFile, load_model, save_model
+from ccg_ase.devices import available
 from ccg_ase.torsion_map import TorsionMap
 
 from .config import Config
@@ -33,11 +34,14 @@ class Workspace:
     ------
     ReferenceDataError
         If the check of the mapping finds an error.
+    ValueError
+        If there is no such device as the run asks for.
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.directory = config, config.run.directory
         self.temperature_K = config.system.temperature_K
+        self.device = available(config.run.device)
         self.cg_map, self.potential = mapping_of(config), potential_of(config)
         refuse_faults(check_mapping(self.cg_map))
 
@@ -65,12 +69,12 @@ class Workspace:
         return folder
 
     def model(self, k: int) -> ModelFile:
-        """Load the models of iteration k."""
-        return load_model(self.iteration(k) / "model.ccg")
+        """Load the models of iteration k, for the device of the run."""
+        return load_model(self.iteration(k) / "model.ccg", device=self.device)
 
     def final_model(self, k: int) -> ModelFile:
         """Load the models that came out of a loop that ended with iteration k."""
-        return load_model(self.final(k) / "model.ccg")
+        return load_model(self.final(k) / "model.ccg", device=self.device)
 
     def seed(self, *what: int) -> int:
         """Return a seed for one use of randomness: a function of the run's seed and `what`."""
