@@ -1,0 +1,188 @@
+"""The cycle on alanine dipeptide, from one structure: F(φ, ψ) within a budget of energy calls.
+
+    export CCG_DATA=... CCG_RUNS=...        # see systems.py; what `simulate.py alanine` writes
+    python free_energy_surface.py reference # what it is measured by
+    python cycle.py run beads --seed 0      # ccg train; ccg free-energy after every turn
+    python cycle.py run torsions --seed 0
+    python cycle.py table                   # error of F and ΔF against calls, over all seeds
+    python cycle.py labels --seed 0         # mean forces of the first and of the last force field
+
+ff96 with OBC1, 300 K. No data but the structure file: `[reference] source = "structure"`. Every
+call counts: hot and restrained dynamics, labels, the final check, and those of the surface itself.
+A run that was stopped continues. The final ensemble: weighted_observables.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import surface
+from simulate import folder
+from surface import Curve, Reference
+from systems import ALANINE_BEADS, load
+
+from ccg_ase.checkpoint import load_model
+from ccg_ase.forcefield import ForceField
+from ccg_ase.torsion_map import dihedral_angles
+from ccg_ase.units import thermal_energy
+from ccg_mda.flow import Backmapper
+from ccg_training.fit_forcefield import evaluate_force_field
+from ccg_training.labels import Labels
+from ccg_training.reconstruction import reconstruct
+from ccg_training.reference import read_npz
+from ccg_training.samples import Samples
+from ccg_training.states import choose_states
+
+TOPOLOGY = Path(__file__).parents[1] / "alanine_dipeptide" / "alanine_dipeptide.pdb"
+BACKBONE = list(ALANINE_BEADS["slices"].values())
+TEMPERATURE_K, BINS, BUDGET = 300.0, 24, 1_000_000
+ON = {"beads": ["phi=torsion:C1-N2-CA2-C2", "psi=torsion:N2-CA2-C2-N3"], "torsions": ["phi", "psi"]}
+SETTINGS = """
+[flow]
+hops = 4
+[reference]
+source = "structure"
+hot_time_ps = 150
+n_states = 250
+relaxation_ps = 0.5
+restrained_ps = 1.0
+save_every_fs = 20
+[force_field]
+members = 2
+channels = 16
+learning_rate = 4e-3
+steps = 1200
+[cycle]
+iterations = 3
+[stop]
+"""
+
+
+def config_of(way: str, seed: int, where: Path) -> Path:
+    """Write the TOML file of a run."""
+    if way == "beads":
+        rows = {f"beads.{name}": json.dumps(text) for name, text in ALANINE_BEADS["slices"].items()}
+    else:
+        rows = {
+            "torsions.phi": json.dumps(BACKBONE[:4]),
+            "torsions.psi": json.dumps(BACKBONE[1:]),
+        }
+    lines = [f'[system]\ntopology = "{TOPOLOGY}"', "[mapping]"]
+    lines += [f"{key} = {value}" for key, value in rows.items()]
+    text = "\n".join(lines) + SETTINGS + f"max_calls = {BUDGET - 60_000}\n"
+    text += f'[run]\nseed = {seed}\ndirectory = "run"\n'
+    where.mkdir(parents=True, exist_ok=True)
+    (where / "cycle.toml").write_text(text)
+    return where / "cycle.toml"
+
+
+def ccg(*arguments: object) -> None:
+    """Run a command of ccg, and stop if it fails."""
+    subprocess.run([sys.executable, "-m", "ccg_training", *map(str, arguments)], check=True)
+
+
+def run(runs: Path, args: argparse.Namespace) -> None:
+    """Train, then map F(φ, ψ) with the models after every turn."""
+    where = runs / "cycle" / f"{args.way}_{args.seed}"
+    config = config_of(args.way, args.seed, where)
+    ccg("train", config, "--resume")
+    on = [word for text in ON[args.way] for word in ("--on", text)]
+    for model in sorted((where / "run").glob("iteration_*/model.ccg")):
+        out = where / f"{model.parent.name}.npz"
+        if not out.exists():
+            basins = ("--basin", "phi<0", "--basin", "phi>0")
+            grid = (*on, "--bins", BINS, *basins)
+            ccg("free-energy", model, config, *grid, "--out", out, "--seed", args.seed)
+
+
+def curve(where: Path, way: str) -> Curve:
+    """Return F after every turn of a run, and the calls up to there."""
+    records = json.loads((where / "run" / "state.json").read_text())
+    calls, surfaces = [], []
+    for file in sorted(where.glob("iteration_*.npz")):
+        turn, stored = int(file.stem.split("_")[1]), read_npz(file)
+        spent = sum(record["calls"] for record in records if record["iteration"] <= turn)
+        name = {"beads": "bead_ensemble", "torsions": "direct"}[way]
+        calls.append(spent + int(stored[f"{name}_n_calls"]))
+        surfaces.append(stored[f"{name}_free_energy"] / thermal_energy(TEMPERATURE_K))
+    return Curve(np.array(calls), np.array(surfaces)[None])
+
+
+def table(runs: Path, args: argparse.Namespace) -> None:
+    """Print errors against calls."""
+    truth = Reference.load(runs / "free_energy_surface" / "reference.npz", BINS)
+    print(f"reference: noise {truth.noise:.3f} kT, ΔF {truth.difference:.3f} kT")
+    print("| way | seed | turn | energy calls | rms error of F, kT | unknown bins | ΔF off, kT |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for where in sorted((runs / "cycle").glob("*_*")):
+        way, seed = where.name.split("_")
+        found = curve(where, way)
+        found.save(where / "curve.npz")
+        for turn, (calls, F) in enumerate(zip(found.calls, found.free_energy[0], strict=True)):
+            print(
+                f"| {way} | {seed} | {turn} | {calls} | {surface.rms_error(F, truth):.3f} | "
+                f"{surface.unvisited(F, truth):.1%} | "
+                f"{surface.difference(F) - truth.difference:+.3f} |"
+            )
+
+
+def labels(runs: Path, args: argparse.Namespace) -> None:
+    """Compare mean forces of the first and the last force field with labels at held-out states.
+
+    States are those of held-out dynamics, half of them as diverse as possible: barriers and rare
+    basins. Labels are weighted averages of the last flow; their errors are taken off.
+    """
+    where = runs / "cycle" / f"beads_{args.seed}" / "run"
+    system = load("alanine_slices", None, runs)
+    last = load_model(where / "model.ccg")
+    beads = last.cg_map.apply(system.held_out.positions)
+    chosen = choose_states(beads, args.states, last.cg_map.beads, diverse=0.5, seed=1)
+    rng = np.random.default_rng(args.seed)
+    flow = Backmapper.from_model(last)
+    parts = [
+        reconstruct(flow, system.potential, beads[piece], args.samples, rng)
+        for piece in np.array_split(chosen, max(1, len(chosen) // 10))
+    ]
+    found = Labels.from_samples(Samples.concatenate(*parts))
+    angles = np.degrees(dihedral_angles(found.beads, last.cg_map.beads.dihedrals()[:2]))
+    density = surface.of_angles(dihedral_angles(beads, last.cg_map.beads.dihedrals()[:2]), 36)
+    place = tuple(((angles + 180) // 10).astype(int).clip(0, 35).T)
+    rare = ~(density[place] < 4.0)
+    print(f"{len(found)} of {len(chosen)} labels accepted, {rare.sum()} of them above 4 kT")
+    models = {"first": where / "iteration_0" / "model.ccg", "last": where / "model.ccg"}
+    for name, part in (("all", slice(None)), ("below 4 kT", ~rare), ("above 4 kT", rare)):
+        errors = {
+            which: evaluate_force_field(ForceField.load(path), found[part])
+            for which, path in models.items()
+        }
+        first, final = (errors[which]["force_error"] for which in models)
+        print(f"{name}: mean force off by {first:.4f} eV/Å before, {final:.4f} after, ratio "
+              f"{first / max(final, 1e-9):.1f}; can't be told below "
+              f"{errors['last']['force_resolution']:.4f}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", help="folder of the simulated frames; default $CCG_RUNS")
+    commands = parser.add_subparsers(required=True)
+    for work in (run, table, labels):
+        command = commands.add_parser(work.__name__, help=work.__doc__.splitlines()[0])
+        command.set_defaults(work=work)
+        if work is not table:
+            command.add_argument("--seed", type=int, default=0)
+        if work is run:
+            command.add_argument("way", choices=list(ON))
+        if work is labels:
+            command.add_argument("--states", type=int, default=300)
+            command.add_argument("--samples", type=int, default=512)
+    args = parser.parse_args()
+    args.work(folder(args.runs, "CCG_RUNS"), args)
+
+
+if __name__ == "__main__":
+    main()
