@@ -2,77 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from tiny_run import CONFIG, Interrupted, assert_same_result, new_folder, records, train
 
 from ccg_ase import CGCalculator, ForceField, load_model
 from ccg_mda import Backmapper
-from ccg_training.cli import INTERRUPTED, app
+from ccg_training.cli import INTERRUPTED
 from ccg_training.labels import Labels
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "alanine_dipeptide"
-# As little of everything as the stages accept: what comes out is no use, but it is complete.
-CONFIG = f"""
-[system]
-topology = "{EXAMPLE / "alanine_dipeptide.pdb"}"
-[mapping.beads]
-C1 = "resname ACE and name C"
-N2 = "resname ALA and name N"
-CA2 = "resname ALA and name CA"
-C2 = "resname ALA and name C"
-N3 = "resname NME and name N"
-[reference]
-time_ns = 0.02
-save_every_fs = 40.0
-equilibration_ps = 1
-walkers = 1
-[flow]
-width = 8
-hops = 2
-likelihood_epochs = 4
-coordinate_steps = 4
-force_steps = 6
-refit_steps = 4
-batch_size = 32
-[force_field]
-channels = 4
-n_layers = 1
-steps = 20
-refit_steps = 10
-batch_size = 64
-members = 2
-relative_entropy_rounds = 1
-[dynamics]
-replicas = 4
-rungs = 2
-n_steps = 100
-n_final_steps = 200
-save_every = 10
-[cycle]
-n_states = 6
-n_samples = 8
-n_frame_labels = 100
-n_report = 20
-n_report_samples = 4
-n_held_out = 5
-[run]
-directory = "run"
-threads = 1
-"""
-# A process that a shell starts in the background ignores SIGINT unless told otherwise.
-COMMAND = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from ccg_training.cli import main; main()"
-)
 ITERATED = [
     *("bead dynamics", "labels at new states", "flow", "labels on frames", "force field"),
     "turn check",
@@ -86,22 +29,6 @@ STAGES = [
     *((name, 2) for name in ("final bead dynamics", "final reconstruction")),
     *((name, 2) for name in ("held-out check", "report")),
 ]
-
-
-def train(folder: Path, *options: str):
-    return CliRunner().invoke(app, ["train", str(folder / "cycle.toml"), *options])
-
-
-def new_folder(folder: Path) -> Path:
-    (folder / "cycle.toml").write_text(CONFIG)
-    return folder
-
-
-def records(run: Path) -> list[dict]:
-    """Return the stages of a run without what must differ between two runs: their seconds."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert found == json.loads((run / "state.json").read_text())
-    return [{key: record[key] for key in record if key != "seconds"} for record in found]
 
 
 @pytest.fixture(scope="module")
@@ -207,47 +134,6 @@ def test_torsions_give_free_energies_and_say_that_there_is_no_force_field(whole,
     assert train(tmp_path, "--resume").exit_code == 0
 
 
-class Interrupted:
-    """A run in a process of its own, stopped as soon as something has happened in its folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.run = folder, folder / "run"
-
-    def until(self, happened, signal_number: int) -> tuple[int, str]:
-        """Start or continue the run, signal it once, and return its exit code and messages."""
-        process = self._started(COMMAND)
-        try:
-            deadline = time.monotonic() + 120
-            while process.poll() is None and not happened() and time.monotonic() < deadline:
-                time.sleep(0.002)
-            process.send_signal(signal_number)
-            return process.wait(timeout=60), process.stderr.read()
-        finally:
-            process.kill()
-            process.stderr.close()
-
-    def on_a_full_disk(self, room: int) -> tuple[int, str]:
-        """Continue where no file can grow beyond some bytes; return exit code and messages."""
-        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); "
-        process = self._started(limit + COMMAND)
-        _, messages = process.communicate(timeout=120)
-        return process.returncode, messages
-
-    def _started(self, command: str) -> subprocess.Popen:
-        arguments = ["train", str(self.folder / "cycle.toml"), "--resume"]
-        return subprocess.Popen(
-            [sys.executable, "-c", command, *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def stages_done(self) -> int:
-        """Return the number of stages that are on record."""
-        state = self.run / "state.json"
-        return len(json.loads(state.read_text())) if state.exists() else 0
-
-
 def test_killed_and_interrupted_runs_end_in_the_same_result(whole, tmp_path):
     """SIGKILL amid generation, a full disk, SIGKILL in a fit and between two files; SIGINT."""
     broken = Interrupted(new_folder(tmp_path))
@@ -286,15 +172,4 @@ def test_killed_and_interrupted_runs_end_in_the_same_result(whole, tmp_path):
 
     done = train(tmp_path, "--resume")
     assert done.exit_code == 0, done.output
-    assert records(broken.run) == records(whole)
-    for name in ("iteration_1/model.ccg", "iteration_2/model.ccg", "model.ccg"):
-        assert (broken.run / name).read_bytes() == (whole / name).read_bytes(), name
-    with (
-        np.load(broken.run / "report_data.npz") as ours,
-        np.load(whole / "report_data.npz") as theirs,
-    ):
-        assert set(ours) == set(theirs)
-        for name in set(ours) - {"stage_seconds", "turn_table"}:
-            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-        # But for the wall time.
-        np.testing.assert_array_equal(ours["turn_table"][:, :-1], theirs["turn_table"][:, :-1])
+    assert_same_result(broken.run, whole)
