@@ -114,7 +114,7 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
 def _get_reference(workspace: Workspace, stage: Stage) -> Metrics:
     if workspace.config.reference.source != "trajectory":
         data = reference_data(workspace.config, workspace.directory, stage.update)
-        calls = int(read_npz(workspace.directory / "reference.npz")["calls"])
+        calls = int(read_npz(workspace.directory / "reference.npz").get("calls", 0))
         return {"frames": len(data), "calls": calls}
     data, calls = trajectory_of(workspace.config), 0
     refuse_faults(check(data, workspace.cg_map, workspace.temperature_K, workspace.potential))
