@@ -40,10 +40,10 @@ def checkpoints(calls: float) -> list[int]:
     return [n for k in range(4, 9) for m in (1, 2, 5) if 10**4 < (n := m * 10**k) <= calls]
 
 
-def stored_dynamics(files: Sequence[Path]) -> Curve:
+def stored_dynamics(files: Sequence[Path], least: int = STORED_EQUILIBRATION) -> Curve:
     """Return the curve of dynamics that `simulate.py alanine` stored, a seed for each walker.
 
-    It ends with the shortest of them.
+    It begins after more than `least` calls, and ends with the shortest walker.
     """
     angles, steps = [], []
     for frames in map(ReferenceData.load, files):
@@ -52,7 +52,7 @@ def stored_dynamics(files: Sequence[Path]) -> Curve:
             angles.append(dihedral_angles(own, np.array(PHI_PSI)))
             steps.append(round(1000 * (frames.time_ps[1] - frames.time_ps[0])))
     shortest = min(len(a) * step for a, step in zip(angles, steps, strict=True))
-    calls = [n for n in checkpoints(shortest) if n > STORED_EQUILIBRATION]
+    calls = [n for n in checkpoints(shortest) if n > least]
     calls.append(shortest + STORED_EQUILIBRATION)
     surfaces = [
         [surface.of_angles(own[: (n - STORED_EQUILIBRATION) // step], BINS) for n in calls]
