@@ -115,9 +115,7 @@ class Backmapper(Bijection):
         return model.restore("backmapper", cls).eval()
 
     @classmethod
-    def load(
-        cls, path: str | PathLike[str], *, device: str | torch.device = "cpu"
-    ) -> Backmapper:
+    def load(cls, path: str | PathLike[str], *, device: str | torch.device = "cpu") -> Backmapper:
         """Load the backmapper of a ``.ccg`` model file."""
         return cls.from_model(load_model(path, device=device))
 

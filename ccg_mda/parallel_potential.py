@@ -146,9 +146,7 @@ class _Pool:
         self._end()
 
     def __call__(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return energies (B,) and forces (B, n_atoms, 3); as soon as a worker is free, it gets
-        the next portion.
-        """
+        """Return energies (B,) and forces (B, n_atoms, 3); who is free gets the next portion."""
         energy, forces = np.empty(len(frames)), np.empty_like(frames)
         size = max(_LEAST_FRAMES // 2, -(-len(frames) // (_PORTIONS * len(self._pipes))))
         portions = [slice(i, i + size) for i in range(0, len(frames), size)][::-1]

@@ -200,16 +200,19 @@ def train(
         from ccg_ase.devices import available
 
         from .config import Config
+        from .distributed import join, leave
         from .run_directory import prepare_run
 
         loaded = Config.load(config).on_device(device)
-        available(loaded.run.device)
+        if not join(available(loaded.run.device), loaded.run.threads):
+            return
         directory = prepare_run(loaded, resume=resume, fresh=fresh)
         from .cycle import run_cycle
         from .progress import Progress
 
         with Progress(quiet=quiet) as progress:
             run_cycle(loaded, progress)
+        leave()
         if not quiet:
             _print(f"model: {directory / 'model.ccg'}")
             if (directory / "report.html").is_file():

@@ -7,6 +7,7 @@ one-cycle schedule, averaged weights, early stopping on held-out frames.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ccg_ase.devices import device_of
 from ccg_mda.flow import Backmapper
 
+from .distributed import Ranks, together
 from .flow_frames import Batches, FlowFrames, relabellings
 from .flow_losses import (
     LIKELIHOOD_ONLY,
@@ -142,7 +144,6 @@ class _Trained:
             target.copy_(source)
 
 
-@_fixed_order()
 def fit_flow(
     flow: Backmapper,
     frames: FlowFrames,
@@ -197,6 +198,45 @@ def fit_flow(
     FloatingPointError
         If the loss stops being finite.
     """
+    return together(
+        _fit,
+        flow,
+        frames,
+        terms,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        clip=clip,
+        averaging=averaging,
+        held_out=held_out,
+        patience=patience,
+        own=own,
+        free_energy=free_energy,
+        leading={"progress": progress},
+    )
+
+
+@_fixed_order()
+def _fit(
+    ranks: Ranks,
+    flow: Backmapper,
+    frames: FlowFrames,
+    terms: FlowLoss,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    clip: float,
+    averaging: float,
+    held_out: FlowFrames | None,
+    patience: int,
+    own: OwnSamples | None,
+    free_energy: nn.Module | None,
+    progress: ProgressCallback | None = None,
+) -> FlowFit:
+    """Do `fit_flow`: all processes draw the same batches, and each takes its share of them."""
     for each in (frames,) if held_out is None else (frames, held_out):
         _check(each, terms, own, free_energy)
     rng = np.random.default_rng(seed)
@@ -209,23 +249,27 @@ def fit_flow(
     if free_energy is not None:
         of_model = _Trained(free_energy, learning_rate, steps // 3 + steps)
         trained, model = [*trained, of_model], of_model.module
-        _fit_to_labels(of_flow.module, of_model, batches, batch_size, steps // 3)
+        _fit_to_labels(ranks, of_flow.module, of_model, batches, batch_size, steps // 3)
 
     result, window, best = FlowFit(), [], {}
     for step in range(1, steps + 1):
-        loss, values = flow_loss(of_flow.module, batches.draw(batch_size), terms, model)
+        loss, values = _of_share(ranks, of_flow.module, batches.draw(batch_size), terms, model)
         if states is not None:
             noise = flow.sample_noise(rng, (own.n_states, own.n_samples))
-            more = own_sample_loss(of_flow.module, states.draw(), noise, own, terms)
+            part = ranks.share(own.n_states)
+            drawn = {name: value[part] for name, value in states.draw().items()}
+            more = own_sample_loss(of_flow.module, drawn, noise[part], own, terms, ranks)
             loss, values = loss + more[0], values | more[1]
-        _check_finite(loss, step, learning_rate)
         loss.backward(inputs=[p for each in trained for p in each.parameters])
+        values = _summed(ranks, values | {"loss": loss.item()})
+        _check_finite(values["loss"], step, learning_rate)
         for each in trained:
+            ranks.add_gradients(each.parameters)
             each.step(clip, min(averaging, step / (step + 10.0)))
         result.steps = step
-        window.append(values | {"loss": loss.item()})
+        window.append(values)
         if progress is not None:
-            progress(step, steps, values)
+            progress(step, steps, {k: v for k, v in values.items() if k != "loss"})
         if step % max(1, steps // 20) and step < steps:
             continue
         record = {k: float(np.mean([w[k] for w in window])) for k in window[0]} | {"step": step}
@@ -234,7 +278,7 @@ def fit_flow(
         if judge is None:
             result.best_step = step
             continue
-        record |= judge(*(each.averaged for each in trained))
+        record |= ranks.agreed(judge(*(each.averaged for each in trained)))
         if not best or record["held_out"] < best["held_out"]:
             best, result.best_step = record, step
             for each in trained:
@@ -246,8 +290,31 @@ def fit_flow(
     for each in trained:
         each.restore()
     if states is not None:
-        result.energy_calls = own.potential.n_calls - calls
+        spent = _summed(ranks, {"calls": own.potential.n_calls - calls})
+        result.energy_calls = round(spent["calls"])
     return result
+
+
+def _of_share(
+    ranks: Ranks,
+    flow: Backmapper,
+    batch: dict[str, Tensor],
+    terms: FlowLoss,
+    free_energy: nn.Module | None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Return this process's part of `flow_loss`: their sum is that of the batch."""
+    size = len(batch["weight"])
+    part = ranks.share(size)
+    own = {name: value[part] for name, value in batch.items()}
+    loss, values = flow_loss(flow, own, terms, free_energy, ranks)
+    fraction = len(own["weight"]) / size
+    return loss * fraction, {name: value * fraction for name, value in values.items()}
+
+
+def _summed(ranks: Ranks, values: dict[str, float]) -> dict[str, float]:
+    """Return the sums of values over the processes."""
+    total = ranks.sum(torch.tensor(list(values.values()), dtype=torch.float64))
+    return dict(zip(values, total.tolist(), strict=True))
 
 
 class _Judge:
@@ -269,22 +336,24 @@ class _Judge:
 
 
 def _fit_to_labels(
-    flow: nn.Module, of_model: _Trained, batches: Batches, batch_size: int, steps: int
+    ranks: Ranks, flow: nn.Module, of_model: _Trained, batches: Batches, batch_size: int, steps: int
 ) -> None:
     """Fit a free-energy model alone to the pulled-back labels of a flow."""
     only_label = FlowLoss(likelihood=0.0, noise_force=0.0, label=1.0, energy=0.0)
     flow.requires_grad_(False)
     for step in range(1, steps + 1):
-        loss, _ = flow_loss(flow, batches.draw(batch_size), only_label, of_model.module)
+        batch = batches.draw(batch_size)
+        loss, _ = _of_share(ranks, flow, batch, only_label, of_model.module)
         loss.backward()
+        ranks.add_gradients(of_model.parameters)
         of_model.step(float("inf"), step / (step + 10.0))
     flow.requires_grad_(True)
 
 
-def _check_finite(loss: Tensor, step: int, learning_rate: float) -> None:
-    if not torch.isfinite(loss):
+def _check_finite(loss: float, step: int, learning_rate: float) -> None:
+    if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the flow's loss is {loss.item()} at step {step}: lower the learning rate "
+            f"the flow's loss is {loss} at step {step}: lower the learning rate "
             f"(now {learning_rate:g}) or look for broken frames with 'ccg check'"
         )
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ccg_ase.forcefield import ForceField
 from ccg_ase.units import thermal_energy
 
+from .distributed import ALONE, Ranks, together
 from .labels import Labels
 
 _EVALUATION_BEADS = 8192
@@ -112,7 +113,25 @@ def fit_force_field(
     FloatingPointError
         If the loss stops being finite.
     """
-    settings = settings or FitSettings()
+    return together(
+        _fit_all,
+        force_field,
+        labels,
+        held_out,
+        settings or FitSettings(),
+        leading={"progress": progress},
+    )
+
+
+def _fit_all(
+    ranks: Ranks,
+    force_field: ForceField,
+    labels: Labels,
+    held_out: Labels,
+    settings: FitSettings,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> dict[str, float]:
+    """Fit the members; each process takes its share of every batch."""
     for part in (labels, held_out):
         if len(part) == 0 or part.beads.shape[1] != force_field.cg_map.n_beads:
             raise ValueError(
@@ -131,7 +150,7 @@ def fit_force_field(
             if progress is not None:
                 progress(first + step, total, metrics)
 
-        fits.append(_fit_member(fitted, train, test, settings, k, kT, show))
+        fits.append(_fit_member(ranks, fitted, train, test, settings, k, kT, show))
     fitted.members = nn.ModuleList(members)
     with torch.no_grad():
         for target, source in zip(force_field.parameters(), fitted.parameters(), strict=True):
@@ -142,6 +161,7 @@ def fit_force_field(
 
 
 def _fit_member(
+    ranks: Ranks,
     averaged: ForceField,
     train: _Data,
     test: _Data,
@@ -160,13 +180,17 @@ def _fit_member(
     seed = settings.seed if k == 0 else [settings.seed, k]
     batches = _batches(len(train.beads), settings.batch_size, seed)
 
-    best = _evaluate(averaged, test, kT) | {"best_step": 0}
+    best = ranks.agreed(_evaluate(averaged, test, kT)) | {"best_step": 0}
     best_weights = [p.clone() for p in average]
     step, waited, typical_norm = 0, 0, None
     while step < settings.steps and waited < settings.patience:
-        loss = _loss(model, train, next(batches).to(train.beads.device))
+        batch = next(batches).to(train.beads.device)
+        index = batch[ranks.share(len(batch))]
+        loss = _loss(model, train, index, ranks) * (len(index) / len(batch))
         optimizer.zero_grad()
         loss.backward()
+        ranks.add_gradients(trained)
+        loss = ranks.sum(loss)
         limit = math.inf if typical_norm is None else settings.clip * typical_norm
         norm = float(nn.utils.clip_grad_norm_(trained, limit))
         if not math.isfinite(norm + loss.item()):
@@ -183,7 +207,7 @@ def _fit_member(
         decay = min(settings.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in trained], 1 - decay)
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            metrics = _evaluate(averaged, test, kT) | {"best_step": step}
+            metrics = ranks.agreed(_evaluate(averaged, test, kT)) | {"best_step": step}
             waited += 1
             if metrics["loss"] < best["loss"]:
                 best, waited = metrics, 0
@@ -246,25 +270,30 @@ class _Data:
         box = None if self.boxes is None else self.boxes[index]
         return {"box": box, "temperature_K": self.temperature_K[index]}
 
-    def excess(self, index: Tensor, energy: Tensor) -> Tensor:
-        """Return energies minus labels, the constants of F taken off."""
+    def excess(self, index: Tensor, energy: Tensor, ranks: Ranks = ALONE) -> Tensor:
+        """Return energies minus labels, less the constants of F of all processes' labels."""
         weight, group = self.free_energy_weight[index], self.group[index]
         excess = energy - self.free_energy[index]
         sums = excess.new_zeros(2, int(self.group.max()) + 1)
         sums = sums.index_add(1, group, torch.stack([weight * excess, weight]))
+        # The constants minimise the loss: what they change with the parameters has no slope in it.
+        sums = ranks.sum(sums)
         return excess - (sums[0] / sums[1].clamp(min=1e-30))[group]
 
 
-def _chi2(data: _Data, index: Tensor, energy: Tensor, force: Tensor) -> Tensor:
+def _chi2(
+    data: _Data, index: Tensor, energy: Tensor, force: Tensor, ranks: Ranks = ALONE
+) -> Tensor:
     """Loss of predictions for some of the labels."""
     chi2 = data.force_weight[index] * ((force - data.force[index]) ** 2).sum((-1, -2))
-    chi2 = chi2 + data.share * data.free_energy_weight[index] * data.excess(index, energy) ** 2
+    excess = data.excess(index, energy, ranks)
+    chi2 = chi2 + data.share * data.free_energy_weight[index] * excess**2
     return chi2.mean() / force[0].numel()
 
 
-def _loss(model: ForceField, data: _Data, index: Tensor) -> Tensor:
+def _loss(model: ForceField, data: _Data, index: Tensor, ranks: Ranks) -> Tensor:
     predicted = model.energy_and_forces(data.beads[index], **data.inputs(index), create_graph=True)
-    return _chi2(data, index, *predicted)
+    return _chi2(data, index, *predicted, ranks)
 
 
 def _predict(energy_of: Callable[[Tensor, Tensor], Tensor], data: _Data) -> tuple[Tensor, Tensor]:

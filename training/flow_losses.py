@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
+from .distributed import ALONE, Ranks
 from .flow_frames import conditions
 
 _HUBER_KT = 4.0  # residuals of ln w beyond this count linearly
@@ -102,14 +103,15 @@ def without_free_energy(terms: FlowLoss) -> FlowLoss:
     return replace(terms, label=0.0, energy=0.0)
 
 
-def _capped(square: Tensor) -> Tensor:
+def _capped(square: Tensor, ranks: Ranks) -> Tensor:
     """Return squares (n,), those far above most others capped; their gradient is of a logarithm.
 
     In a frame that the flow doesn't know yet, forces are as large as those of a clash; a few such
     frames would decide the step, though only the likelihood can teach the flow to know them.
     """
     value = square.detach()
-    return square * (_OUTLIER * value.median() / value.clamp_min(1e-30)).clamp_max(1.0)
+    median = ranks.gather(value).median()
+    return square * (_OUTLIER * median / value.clamp_min(1e-30)).clamp_max(1.0)
 
 
 def total(terms: FlowLoss, values: dict[str, Tensor]) -> Tensor:
@@ -122,6 +124,7 @@ def flow_loss(
     batch: dict[str, Tensor],
     terms: FlowLoss,
     free_energy: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of a batch and the value of each of its terms.
 
@@ -139,6 +142,9 @@ def flow_loss(
     free_energy
         Model of F(s) in eV, called with the coarse variables: stands in for ``bead_force`` and F
         where the batch lacks them, and learns along (theory 5.4).
+    ranks
+        Processes that hold the other parts of the batch: medians and constants are those of the
+        whole; the loss is the mean over this part.
     """
     weight, given = batch["weight"], conditions(batch)
     positions = batch["positions"]
@@ -155,7 +161,8 @@ def flow_loss(
     if terms.energy:
         excess = batch["excess_energy"] if "excess_energy" in batch else batch["energy"] - modelled
         log_w = -excess - log_q
-        log_w = log_w - (bounded * log_w).sum().detach() / bounded.sum()
+        mean, weights = ranks.sum(torch.stack([(bounded * log_w).sum(), bounded.sum()]))
+        log_w = log_w - mean / weights
         huber = nn.functional.huber_loss(
             log_w, torch.zeros_like(log_w), reduction="none", delta=_HUBER_KT
         )
@@ -183,7 +190,7 @@ def flow_loss(
             density = torch.exp(log_p.detach() + _LOG_2PI).clamp_max(1.0)
             force = torch.where(flow.rotor_dof, force * density, force) * flow.active
             square = force.square().sum((-1, -2)) / flow.n_dof
-        values[name] = (bounded * _capped(square)).mean()
+        values[name] = (bounded * _capped(square, ranks)).mean()
     loss = total(terms, values)
     return loss, {name: float(value.detach()) for name, value in values.items()}
 

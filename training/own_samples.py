@@ -26,6 +26,7 @@ from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 from ccg_mda.potential import Potential
 
+from .distributed import ALONE, Ranks
 from .flow_frames import FlowFrames, conditions, given_conditions
 from .flow_losses import FlowLoss, total
 
@@ -153,6 +154,7 @@ def own_sample_loss(
     noise: Tensor,
     own: OwnSamples,
     terms: FlowLoss,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of own samples at a batch of states, and the value of each term.
 
@@ -169,6 +171,8 @@ def own_sample_loss(
         The potential, cap and trust region.
     terms
         Weights of the terms.
+    ranks
+        Processes that hold the other states; the loss is this one's part of a sum.
     """
     n_states, n_samples = noise.shape[:2]
     batch = {name: value.repeat_interleave(n_samples, 0) for name, value in batch.items()}
@@ -186,7 +190,7 @@ def own_sample_loss(
     excess, slope, alive = _excess(energy / kt, n_states, own.cap_kT)
     _, _, log_q = flow.to_noise_terms(x, coarse, **given)
     log_w = (-excess.to(log_q) - log_q).view(n_states, n_samples)
-    share = alive.to(log_q) / (alive.sum().clamp(min=1) * flow.n_dof)
+    share = alive.to(log_q) / (ranks.sum(alive.sum()).clamp(min=1) * flow.n_dof)
 
     values = {}
     if terms.log_variance:

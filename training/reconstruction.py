@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
 from ccg_mda.potential import Potential
 
+from .distributed import spread
 from .reference import MDANALYSIS_FORCE
 from .samples import Samples
 from .superposition import superposing_rotation
@@ -57,7 +59,19 @@ def reconstruct(
         Samples per pass, which bounds the memory of the graph; it doesn't change the noise.
     """
     noise = backmapper.sample_noise(rng, (n_samples, len(beads)))
-    return pull_back(backmapper, potential, beads, noise, batch_size=batch_size)
+    work = partial(_at_states, backmapper, potential, batch_size)
+    portions = _batches(len(beads), max(1, batch_size // n_samples))
+    parts = spread(work, [(beads[part], noise[:, part]) for part in portions])
+    return Samples.concatenate(*parts)
+
+
+def _at_states(
+    backmapper: nn.Module,
+    potential: Potential,
+    batch_size: int,
+    portion: tuple[np.ndarray, torch.Tensor],
+) -> Samples:
+    return pull_back(backmapper, potential, *portion, batch_size=batch_size)
 
 
 def pull_back(

@@ -14,6 +14,7 @@ from ccg_ase.torsion_map import TorsionMap
 
 from .config import Config
 from .data_check import check
+from .distributed import processes_here
 from .findings import Finding, faulty
 from .mapping_check import check_mapping
 from .reference import ReferenceData, read_structure, trajectory_of
@@ -65,7 +66,7 @@ def potential_of(config: Config) -> CheckedPotential:
     ValueError, NotImplementedError
         If there is no such device, or torch is asked for and can't.
     """
-    from ccg_mda.parallel_potential import ParallelPotential
+    from ccg_mda.parallel_potential import ParallelPotential, usable_cores
     from ccg_mda.potential import OpenMMPotential
     from ccg_mda.torch_potential import TorchSystemPotential
 
@@ -78,7 +79,8 @@ def potential_of(config: Config) -> CheckedPotential:
             return TorchSystemPotential.from_system(openmm.system, device=device)
         except NotImplementedError as error:
             warnings.warn(f"energies come from OpenMM on the CPU: {error}", stacklevel=2)
-    return ParallelPotential(openmm, config.run.workers)
+    workers = config.run.workers or max(1, usable_cores() // processes_here())
+    return ParallelPotential(openmm, workers)
 
 
 def first_config(topology: Path, forcefield: list[str] | None, folder: Path) -> Config:

@@ -1,7 +1,6 @@
 """Stages on another device than the CPU: a simulated one, whose rules are those of a GPU."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -10,14 +9,10 @@ from exact_flows import CHAIN, ExactPotential, flow_of, frames_of, perturbed
 from simulated_device import DEVICE, OnDevice, simulated
 
 from ccg_ase.checkpoint import load_model, save_model
-from ccg_ase.devices import available, device_of
+from ccg_ase.devices import device_of
 from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
 from ccg_mda import Backmapper
-from ccg_mda.bead_sources import bead_universe
-from ccg_mda.diagnostics import diagnose
-from ccg_mda.torch_potential import TorchSystemPotential
-from ccg_mda.transformation import backmap
 from ccg_training.annealing import anneal, tune_path
 from ccg_training.fit_flow import FlowLoss, OwnSamples, fit_flow, frame_nll
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
