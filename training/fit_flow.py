@@ -157,6 +157,7 @@ def fit_flow(
     patience: int = 5,
     own: OwnSamples | None = None,
     free_energy: nn.Module | None = None,
+    anchor: Callable[[nn.Module], Tensor] | None = None,
     progress: ProgressCallback | None = None,
 ) -> FlowFit:
     """Fit ``flow`` in place; its parameters become an exponential average of the trajectory.
@@ -186,6 +187,9 @@ def fit_flow(
         have no bead force or free energy (joint force matching). A third of ``steps`` more, at the
         start and each a third as dear, fit it alone to the labels of the flow as it is; otherwise
         the mean force would swamp the scatter.
+    anchor
+        What else that model is fitted to: a loss of it, drawn afresh at every step
+        (`fit_joint.fit_joint`). Then the model counts as fitted, and isn't fitted alone first.
     progress
         Called as ``progress(step, steps, values)`` after every step.
 
@@ -206,9 +210,10 @@ def fit_flow(
     of_flow = _Trained(flow, learning_rate, steps)
     trained, model = [of_flow], None
     if free_energy is not None:
-        of_model = _Trained(free_energy, learning_rate, steps // 3 + steps)
+        alone = steps // 3 if anchor is None else 0
+        of_model = _Trained(free_energy, learning_rate, alone + steps)
         trained, model = [*trained, of_model], of_model.module
-        _fit_to_labels(of_flow.module, of_model, batches, batch_size, steps // 3)
+        _fit_to_labels(of_flow.module, of_model, batches, batch_size, alone)
 
     result, window, best = FlowFit(), [], {}
     for step in range(1, steps + 1):
@@ -217,6 +222,9 @@ def fit_flow(
             noise = flow.sample_noise(rng, (own.n_states, own.n_samples))
             more = own_sample_loss(of_flow.module, states.draw(), noise, own, terms)
             loss, values = loss + more[0], values | more[1]
+        if anchor is not None:
+            held = anchor(model)
+            loss, values = loss + held, values | {"anchor": held.item()}
         _check_finite(loss, step, learning_rate)
         loss.backward(inputs=[p for each in trained for p in each.parameters])
         for each in trained:

@@ -141,6 +141,25 @@ def fit_force_field(
     return result | steps | {"shift_eV": _evaluate(fitted, train, kT)["shift_eV"]}
 
 
+def label_loss(
+    force_field: ForceField, labels: Labels, settings: FitSettings
+) -> Callable[[nn.Module], Tensor]:
+    """Return the loss of `fit_force_field` as a function of a model, for another fit to add.
+
+    Every call draws the next batch of labels.
+
+    Parameters
+    ----------
+    force_field
+        Whose temperatures and units the labels have.
+    labels, settings
+        As for `fit_force_field`; batch size, floors, share and seed count.
+    """
+    data = _Data(labels, settings, force_field)
+    batches = _batches(len(labels), settings.batch_size, settings.seed)
+    return lambda model: _loss(model, data, next(batches))
+
+
 def _fit_member(
     averaged: ForceField,
     train: _Data,

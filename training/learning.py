@@ -26,6 +26,8 @@ from .fit_flow import (
     without_free_energy,
 )
 from .fit_forcefield import FitSettings, fit_force_field
+from .fit_joint import JointSettings
+from .fit_joint import fit_joint as fit_both
 from .labels import Labels
 from .langevin_sampler import LangevinSampler
 from .progress import Stage
@@ -115,14 +117,7 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     else:
         before = workspace.model(k - 1)
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
-    train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
-    if k:
-        own, state = _as_frames(Samples.load(folder / "samples.npz"), force_field)
-        kept_back = state % 10 == 0
-        train = train.joined(own[~kept_back])
-        # Stored frames alone would stop the fit as soon as it learns anything new.
-        thinned = held_out[:: max(1, len(held_out) // max(1, kept_back.sum()))]
-        held_out = thinned.joined(own[kept_back])
+    train, held_out = _buffer(workspace, force_field, k)
     steps = settings.refit_steps if k else settings.force_steps
     terms = FlowLoss.named(settings.loss)
     metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, k, 3)
@@ -131,6 +126,58 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     else:
         workspace.save(folder / "model.ccg", {"backmapper": flow, "force_field": force_field})
     return metrics
+
+
+def fit_joint(workspace: Workspace, stage: Stage, k: int) -> Metrics:
+    """Fit both models of iteration k to their joint residual, and leave ``joint.ccg``.
+
+    `Workspace.model` takes that file from then on; ``model.ccg`` stays, so that a repeated stage
+    begins where the first one did.
+    """
+    folder, settings = workspace.iteration(k), workspace.config.flow
+    model = load_model(folder / "model.ccg")
+    flow, force_field = Backmapper.from_model(model), ForceField.from_model(model)
+    train, held_out = _buffer(workspace, force_field, k)
+    labels, held_out_labels = _labels_so_far(workspace, k)
+    result = fit_both(
+        flow,
+        force_field,
+        train,
+        labels,
+        held_out,
+        held_out_labels,
+        FlowLoss(),
+        JointSettings(
+            steps=workspace.config.cycle.joint_steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate / 10,
+            patience=2 * settings.patience,
+            seed=workspace.seed(k, 13),
+        ),
+        progress=_show_terms(stage),
+    )
+    workspace.save(folder / "joint.ccg", {"backmapper": flow, "force_field": force_field})
+    kept = result.before if result.worse else result.after
+    changes = {
+        f"{name}_{what}": getattr(result, what)[name]
+        for name in kept
+        for what in ("before", "after", "change", "error")
+    }
+    return {"fit": str(result), "nll": kept["nll"]} | changes
+
+
+def _buffer(workspace: Workspace, force_field: ForceField, k: int) -> tuple[FlowFrames, FlowFrames]:
+    """Return stored frames and, after the first iteration, weighted samples: training, held-out."""
+    train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
+    if k:
+        samples = Samples.load(workspace.iteration(k) / "samples.npz")
+        own, state = _as_frames(samples, force_field)
+        kept_back = state % 10 == 0
+        train = train.joined(own[~kept_back])
+        # Stored frames alone would stop the fit as soon as it learns anything new.
+        thinned = held_out[:: max(1, len(held_out) // max(1, kept_back.sum()))]
+        held_out = thinned.joined(own[kept_back])
+    return train, held_out
 
 
 def _with_forces(workspace: Workspace, flow: Backmapper) -> list[FlowFrames]:
@@ -259,12 +306,11 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
             )
     else:
         force_field = ForceField.from_model(workspace.model(k - 1))
-    labels = Labels.load(folder / "frame_labels.npz")
-    for i in range(1, k + 1):
-        labels = Labels.concatenate(labels, Labels.load(workspace.iteration(i) / "labels.npz"))
+    labels, held_out = _labels_so_far(workspace, k)
     result = fit_force_field(
         force_field,
-        *labels.split(seed=workspace.seed(k, 5)),
+        labels,
+        held_out,
         FitSettings(
             steps=settings.steps if k == 0 else settings.refit_steps,
             batch_size=settings.batch_size,
@@ -285,7 +331,15 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         workspace.save(folder / "model.ccg", parts)
     else:
         workspace.save(folder / "force_field.ccg", {"force_field": force_field})
-    return {"labels": len(labels)} | result
+    return {"labels": len(labels) + len(held_out)} | result
+
+
+def _labels_so_far(workspace: Workspace, k: int) -> tuple[Labels, Labels]:
+    """Return labels on frames and of all iterations: to learn from, and held out."""
+    labels = Labels.load(workspace.iteration(k) / "frame_labels.npz")
+    for i in range(1, k + 1):
+        labels = Labels.concatenate(labels, Labels.load(workspace.iteration(i) / "labels.npz"))
+    return labels.split(seed=workspace.seed(k, 5))
 
 
 def _minimise_relative_entropy(

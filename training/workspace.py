@@ -64,8 +64,9 @@ class Workspace:
         return self.directory / f"final_{self.config.cycle.iterations}"
 
     def model(self, k: int) -> ModelFile:
-        """Load the models of iteration k."""
-        return load_model(self.iteration(k) / "model.ccg")
+        """Load the models of iteration k, after the joint fit if there was one."""
+        joint = self.iteration(k) / "joint.ccg"
+        return load_model(joint if joint.exists() else self.iteration(k) / "model.ccg")
 
     @property
     def last_model(self) -> ModelFile:
