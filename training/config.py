@@ -306,6 +306,9 @@ class Cycle(Section):
     max_pareto_k: float = Field(
         0.7, gt=0, description="labels of heavier-tailed weights are dropped"
     )
+    joint_steps: NonNegativeInt = Field(
+        0, description="final fit of flow and force field together: steps; 0 leaves it out"
+    )
     n_report: PositiveInt = Field(2000, description="bead states of the final ensemble")
     n_report_samples: PositiveInt = Field(8, description="reconstructions of each of them")
     n_held_out: PositiveInt = Field(100, description="held-out states of the final check")

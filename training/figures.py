@@ -218,6 +218,28 @@ def energy_histogram(data: ReportData) -> Figure | None:
     return figure
 
 
+def residual_histogram(data: ReportData) -> Figure | None:
+    """Joint residual of flow and force field, in kT: zero everywhere if both are exact."""
+    if not data.residual_forward.size or not data.residual_reverse.size:
+        return None
+    samples = [
+        ("held-out frames", data.residual_forward, None, REFERENCE),
+        ("reconstructions of the bead ensemble", data.residual_reverse, None, ATOMS),
+    ]
+    samples = [(name, v[np.isfinite(v)], *rest) for name, v, *rest in samples]
+    pooled = np.concatenate([values for _, values, _, _ in samples])
+    reach = max(1.0, np.percentile(np.abs(pooled), 99.5))
+    figure = new_figure(6.5, 2.8)
+    axes = figure.subplots()
+    _overlay(axes, samples, limits=(-reach, reach))
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_xlabel("ln q − βF + βU − c (kT)")
+    axes.set_ylabel("density")
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes)
+    return figure
+
+
 def effective_sizes(data: ReportData) -> Figure | None:
     """Effective sample size per bead state: histogram, and over the iterations."""
     if not data.ess.size:

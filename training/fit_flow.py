@@ -159,6 +159,7 @@ def fit_flow(
     patience: int = 5,
     own: OwnSamples | None = None,
     free_energy: nn.Module | None = None,
+    anchor: Callable[[nn.Module], Tensor] | None = None,
     progress: ProgressCallback | None = None,
 ) -> FlowFit:
     """Fit ``flow`` in place; its parameters become an exponential average of the trajectory.
@@ -188,6 +189,9 @@ def fit_flow(
         have no bead force or free energy (joint force matching). A third of ``steps`` more, at the
         start and each a third as dear, fit it alone to the labels of the flow as it is; otherwise
         the mean force would swamp the scatter.
+    anchor
+        What else that model is fitted to: a loss of it, drawn afresh at every step
+        (`fit_joint.fit_joint`). Then the model counts as fitted, and isn't fitted alone first.
     progress
         Called as ``progress(step, steps, values)`` after every step.
 
@@ -213,6 +217,7 @@ def fit_flow(
         patience=patience,
         own=own,
         free_energy=free_energy,
+        anchor=anchor,
         leading={"progress": progress},
     )
 
@@ -234,6 +239,7 @@ def _fit(
     patience: int,
     own: OwnSamples | None,
     free_energy: nn.Module | None,
+    anchor: Callable[[nn.Module], Tensor] | None,
     progress: ProgressCallback | None = None,
 ) -> FlowFit:
     """Do `fit_flow`: all processes draw the same batches, and each takes its share of them."""
@@ -247,9 +253,10 @@ def _fit(
     of_flow = _Trained(flow, learning_rate, steps)
     trained, model = [of_flow], None
     if free_energy is not None:
-        of_model = _Trained(free_energy, learning_rate, steps // 3 + steps)
+        alone = steps // 3 if anchor is None else 0
+        of_model = _Trained(free_energy, learning_rate, alone + steps)
         trained, model = [*trained, of_model], of_model.module
-        _fit_to_labels(ranks, of_flow.module, of_model, batches, batch_size, steps // 3)
+        _fit_to_labels(ranks, of_flow.module, of_model, batches, batch_size, alone)
 
     result, window, best = FlowFit(), [], {}
     for step in range(1, steps + 1):
@@ -260,6 +267,9 @@ def _fit(
             drawn = {name: value[part] for name, value in states.draw().items()}
             more = own_sample_loss(of_flow.module, drawn, noise[part], own, terms, ranks)
             loss, values = loss + more[0], values | more[1]
+        if anchor is not None:
+            held = anchor(model) / ranks.size  # summed over the processes it counts once
+            loss, values = loss + held, values | {"anchor": held.item()}
         loss.backward(inputs=[p for each in trained for p in each.parameters])
         values = _summed(ranks, values | {"loss": loss.item()})
         _check_finite(values["loss"], step, learning_rate)

@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,6 +159,39 @@ def _fit_all(
     result = fits[0] if len(fits) == 1 else _evaluate(fitted, test, kT)
     steps = {key: sum(fit[key] for fit in fits) for key in ("steps", "best_step")}
     return result | steps | {"shift_eV": _evaluate(fitted, train, kT)["shift_eV"]}
+
+
+class LabelLoss:
+    """The loss of `fit_force_field` as a function of a model, for another fit to add.
+
+    Every call draws the next batch of labels. Picklable: copies begin anew.
+
+    Parameters
+    ----------
+    force_field
+        Whose temperatures and units the labels have.
+    labels, settings
+        As for `fit_force_field`; batch size, floors, share and seed count.
+    weight
+        Factor of the loss.
+    """
+
+    def __init__(
+        self, force_field: ForceField, labels: Labels, settings: FitSettings, weight: float = 1.0
+    ) -> None:
+        self._data, self._weight = _Data(labels, settings, force_field), weight
+        self._order = (len(labels), settings.batch_size, settings.seed)
+        self._batches = _batches(*self._order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _batches=_batches(*state["_order"]))
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """Return the loss of a batch, ()."""
+        return self._weight * _loss(model, self._data, next(self._batches), ALONE)
 
 
 def _fit_member(

@@ -114,6 +114,17 @@ def _capped(square: Tensor, ranks: Ranks) -> Tensor:
     return square * (_OUTLIER * median / value.clamp_min(1e-30)).clamp_max(1.0)
 
 
+def _centre(values: Tensor, weight: Tensor, ranks: Ranks) -> Tensor:
+    """Return the weighted mean (), values far from the median drawn in: one clash moves it little.
+
+    The first step of Huber's estimate of location; the mean itself where nothing is far.
+    """
+    median = ranks.gather(values).median()
+    near = values.clamp(median - _HUBER_KT, median + _HUBER_KT)
+    mean, weights = ranks.sum(torch.stack([(weight * near).sum(), weight.sum()]))
+    return mean / weights
+
+
 def total(terms: FlowLoss, values: dict[str, Tensor]) -> Tensor:
     """Return the weighted sum of some terms."""
     return sum(getattr(terms, name) * value for name, value in values.items())
@@ -161,8 +172,7 @@ def flow_loss(
     if terms.energy:
         excess = batch["excess_energy"] if "excess_energy" in batch else batch["energy"] - modelled
         log_w = -excess - log_q
-        mean, weights = ranks.sum(torch.stack([(bounded * log_w).sum(), bounded.sum()]))
-        log_w = log_w - mean / weights
+        log_w = log_w - _centre(log_w.detach(), bounded, ranks)
         huber = nn.functional.huber_loss(
             log_w, torch.zeros_like(log_w), reduction="none", delta=_HUBER_KT
         )

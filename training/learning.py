@@ -26,6 +26,7 @@ from .fit_flow import (
     without_free_energy,
 )
 from .fit_forcefield import FitSettings, fit_force_field
+from .fit_joint import JointSettings, fit_joint
 from .labels import Labels
 from .langevin_sampler import LangevinSampler
 from .progress import Stage
@@ -308,17 +309,52 @@ def force_field_labels(workspace: Workspace, k: int) -> tuple[Labels, Labels]:
 
 
 def fine_tune(workspace: Workspace, stage: Stage, k: int) -> Metrics:
-    """Make the final models from those of the last turn k: the bead ensemble by relative entropy.
+    """Make the final models from those of the last turn k: by the joint residual, relative entropy.
 
-    Skipped where the configuration asks for no rounds.
+    Either is left out where the configuration gives it no steps.
     """
-    model = workspace.model(k)
-    force_field, metrics = ForceField.from_model(model), {}
+    model, metrics = workspace.model(k), {}
+    flow, force_field = Backmapper.from_model(model), ForceField.from_model(model)
+    if workspace.config.cycle.joint_steps:
+        metrics |= _fit_joint(workspace, stage, flow, force_field, k)
     if workspace.config.force_field.relative_entropy_rounds:
-        metrics = _minimise_relative_entropy(workspace, stage, force_field, k)
-    parts = {"backmapper": Backmapper.from_model(model), "force_field": force_field}
+        metrics |= _minimise_relative_entropy(workspace, stage, force_field, k)
+    parts = {"backmapper": flow, "force_field": force_field}
     workspace.save(workspace.final(k) / "model.ccg", parts)
     return metrics
+
+
+def _fit_joint(
+    workspace: Workspace, stage: Stage, flow: Backmapper, force_field: ForceField, k: int
+) -> Metrics:
+    """Fit both models to their joint residual."""
+    settings = workspace.config.flow
+    train, held_out = flow_frames(workspace, k, force_field)
+    labels, held_out_labels = force_field_labels(workspace, k)
+    result = fit_joint(
+        flow,
+        force_field,
+        train,
+        labels,
+        held_out,
+        held_out_labels,
+        FlowLoss(),
+        JointSettings(
+            steps=workspace.config.cycle.joint_steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate / 10,
+            patience=2 * settings.patience,
+            seed=workspace.seed(k, 14),
+        ),
+        progress=_show_terms(stage),
+    )
+    kept = result.before if result.worse else result.after
+    changes = {
+        f"{name}_{what}": getattr(result, what)[name]
+        for name in kept
+        for what in ("before", "after", "change", "error")
+    }
+    return {"fit": str(result), "nll": kept["nll"]} | changes
 
 
 def _minimise_relative_entropy(

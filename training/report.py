@@ -73,6 +73,14 @@ PLATES = (
         figures.effective_sizes,
     ),
     Plate(
+        "joint_residual",
+        "Joint residual of flow and force field",
+        "Energy that neither model explains, atom by atom: ln q − βF + βU up to a constant. It is "
+        "zero everywhere if both models are exact. Grey: frames of the dynamics. Line: atoms that "
+        "the models themselves made.",
+        figures.residual_histogram,
+    ),
+    Plate(
         "label_variance",
         "Mean-force labels",
         "How noisy one label of the mean force is. Training the force field costs labels in "

@@ -56,6 +56,9 @@ class ReportData:
     label_variance_slice, label_variance
         (N,) variance of a single force on the bead atoms, and of a single pulled-back label, per
         bead state.
+    residual_forward, residual_reverse
+        (N,) joint residual of both models in kT, on held-out frames and on reconstructions of the
+        bead ensemble: `consistency.Consistency`.
     weight_table, structure_table, coverage_table
         Tables of text from the held-out check, (n, 3), (n, 5) and (n, 3): rows of
         `ccg_mda.diagnostics.WeightQuality`, `StructureReport` and `TorsionCoverage`.
@@ -97,6 +100,8 @@ class ReportData:
     ess_labels: tuple[str, ...] = ()
     label_variance_slice: np.ndarray = field(default_factory=_none)
     label_variance: np.ndarray = field(default_factory=_none)
+    residual_forward: np.ndarray = field(default_factory=_none)
+    residual_reverse: np.ndarray = field(default_factory=_none)
     weight_table: np.ndarray = field(default_factory=_none)
     structure_table: np.ndarray = field(default_factory=_none)
     coverage_table: np.ndarray = field(default_factory=_none)
