@@ -193,6 +193,31 @@ def test_failures_are_reported_and_cost_calls(tmp_path):
     assert none.failed.all()
 
 
+def test_a_state_that_became_its_mirror_image_has_failed(tmp_path):
+    topology = Topology(
+        names=tuple("CHFBI"),
+        masses=[12.0, 1, 19, 80, 127],
+        elements=("C", "H", "F", "Br", "I"),
+        bonds=[(0, i) for i in range(1, 5)],
+    )
+    system, bonds = openmm.System(), openmm.HarmonicBondForce()
+    for mass in topology.masses:
+        system.addParticle(mass)
+    for i in range(1, 5):
+        bonds.addBond(0, i, 0.15, 1e5)
+    system.addForce(bonds)
+    start = (
+        1.5 / np.sqrt(3) * np.array([[0, 0, 0], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    )
+    exchanged = start[[0, 1, 2, 4, 3]]
+    cg_map = CGMap.from_slices(topology, range(5))
+    found = restrained_frames(
+        OpenMMPotential(system), cg_map, np.stack([start, exchanged]), np.stack([start] * 2), T,
+        tmp_path, n_steps=100, save_every=20, steering_steps=2000, equilibration_steps=500,
+    )  # fmt: skip
+    assert found.failed.tolist() == [False, True]
+
+
 def test_errors(tmp_path):
     cg_map = CGMap.from_slices(chain(4), (0, 3))
     x = turned(60)[None]
