@@ -31,6 +31,7 @@ from .free_energy_output import (
     basin_rows,
     figure_of,
     grid_arrays,
+    warnings_of,
     way_rows,
 )
 from .free_energy_sampling import Sampling, sample_grid
@@ -139,6 +140,7 @@ def free_energy_file(
     if request.basins:
         rows, basins = basin_rows(request.basins, ways)
         tables.append(("basins, against the first", rows))
+        lines += warnings_of(request.basins, basins)
         for title, values in basins.items():
             for name, value in values._asdict().items():
                 arrays[f"{title.replace(' ', '_')}_basin_{name}"] = value

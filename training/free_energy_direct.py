@@ -73,6 +73,8 @@ class EvenlyInBin:
         self.log_share = np.zeros(grid.n_points)
         self.log_share_replicas = np.zeros((1, grid.n_points))
         self.known = np.ones(grid.n_points, dtype=bool)
+        # One lattice in all bins would make one error of all their sums: each has a shift.
+        self._shift = np.random.default_rng(0).random((grid.n_points, 1, len(grid.edges)))
 
     def draw(
         self, points: np.ndarray, first: int, n_samples: int, rng: np.random.Generator
@@ -81,8 +83,7 @@ class EvenlyInBin:
         dimensions = len(self.grid.edges)
         number = np.arange(first, first + n_samples)
         if dimensions in _GOLDEN:
-            place = (0.5 + np.outer(number + 1, _GOLDEN[dimensions])) % 1.0
-            place = np.broadcast_to(place, (len(points), n_samples, dimensions))
+            place = (self._shift[points] + np.outer(number, _GOLDEN[dimensions])) % 1.0
         else:
             place = rng.random((len(points), n_samples, dimensions))
         offset = self.extent * (place - 0.5) * self.grid.widths

@@ -21,6 +21,7 @@ from .free_energy_grid import Grid
 from .free_energy_sampling import BinSamples, Sampled, Sampling, good_enough
 
 _REPLICAS = 400
+_NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,8 @@ class Landscape:
         Passed the gate.
     above
         Clearly above the cut-off.
+    rough
+        ln P of all bins that have samples, trusted or not: what may be missing is judged by it.
     log_p_replicas
         Replicas of ln P, (n_replicas, n_points): what errors of any function of F come from.
     n_calls
@@ -62,6 +65,7 @@ class Landscape:
     n_samples: np.ndarray
     trusted: np.ndarray
     above: np.ndarray
+    rough: np.ndarray
     log_p_replicas: np.ndarray
     n_calls: int
 
@@ -122,9 +126,9 @@ def landscape(
     for point in np.flatnonzero([len(one.energy) >= 2 for one in bins]):
         one = bins[point]
         effective[point] = effective_sample_size(one.log_weight) * len(one.energy)
+        log_z = log_partition(one.log_weight[None]).value[0]
+        log_p[point] = log_z + proposal.log_share[point]
         if trusted[point]:
-            log_z = log_partition(one.log_weight[None]).value[0]
-            log_p[point] = log_z + proposal.log_share[point]
             error[point] = _error_of_clusters(one)
             split = thermodynamics(one.log_weight[None], one.energy[None], T)
             of_share = log_p[point] - log_z
@@ -157,6 +161,7 @@ def landscape(
         effective=effective,
         n_samples=np.array([len(one.energy) for one in bins]),
         above=sampled.above,
+        rough=log_p,
         n_calls=sampled.n_calls,
     )
 
@@ -169,6 +174,7 @@ def _relative(
     replicas: np.ndarray,
     parts: np.ndarray,
     above: np.ndarray,
+    rough: np.ndarray,
     effective: np.ndarray,
     n_samples: np.ndarray,
     n_calls: int,
@@ -193,6 +199,7 @@ def _relative(
         n_samples=n_samples,
         trusted=trusted,
         above=above,
+        rough=rough - log_p[trusted].max(),
         log_p_replicas=np.where(trusted, known, -np.inf),
         n_calls=n_calls,
     )
@@ -210,7 +217,8 @@ def _error_of_clusters(one: BinSamples) -> float:
 def marginal(whole: Landscape, keep: list[int]) -> Landscape:
     """Sum probabilities over all variables but some.
 
-    A bin of the result is doubtful where doubtful bins went into it; they count for nothing.
+    A bin of the result is doubtful where doubtful bins hold more than a hundredth of it, by their
+    rough estimates; below that they count for nothing.
 
     Parameters
     ----------
@@ -230,11 +238,14 @@ def marginal(whole: Landscape, keep: list[int]) -> Landscape:
         return turned.reshape(*array.shape[:-1], n_kept, -1)
 
     kT, T = whole.kT, whole.temperature_K
-    log_p = np.where(whole.trusted, -whole.free_energy / kT, -np.inf)
-    sums, replicas = (
-        np.logaddexp.reduce(rows(array), axis=-1) for array in (log_p, whole.log_p_replicas)
+    each = np.where(whole.trusted, -whole.free_energy / kT, -np.inf)
+    missing = np.where(whole.doubtful, whole.rough, -np.inf)
+    sums, replicas, lost, rough = (
+        np.logaddexp.reduce(rows(array), axis=-1)
+        for array in (each, whole.log_p_replicas, missing, whole.rough)
     )
-    share = normalised_weights(rows(log_p))
+    log_p = np.where(lost > sums + np.log(_NEGLIGIBLE), -np.inf, sums)
+    share = normalised_weights(rows(each))
     energies = np.where(share > 0, rows(np.where(whole.trusted, whole.energy, 0.0)), 0.0)
     energy = (share * energies).sum(-1)
     spread = (normalised_weights(rows(whole.log_p_replicas)) * energies).sum(-1).std(0, ddof=1)
@@ -242,16 +253,17 @@ def marginal(whole: Landscape, keep: list[int]) -> Landscape:
     energy_error = np.hypot(spread, own)
     entropy = (energy + kT * sums) / T
     parts = np.array([energy, energy_error, entropy, energy_error / T])
-    parts[:, ~np.isfinite(sums)] = np.nan
+    parts[:, ~np.isfinite(log_p)] = np.nan
     return _relative(
         grid=Grid(
             tuple(whole.grid.variables[k] for k in keep), tuple(whole.grid.edges[k] for k in keep)
         ),
         temperature_K=T,
-        log_p=np.where(rows(whole.doubtful).any(-1), -np.inf, sums),
-        replicas=np.where(np.isfinite(sums), replicas, -np.inf),
+        log_p=log_p,
+        replicas=np.where(np.isfinite(log_p), replicas, -np.inf),
         parts=parts,
         above=rows(whole.above).all(-1),
+        rough=rough,
         effective=rows(whole.effective).sum(-1),
         n_samples=rows(whole.n_samples).sum(-1),
         n_calls=whole.n_calls,
@@ -267,11 +279,15 @@ class Basins(NamedTuple):
         F_b - F_0, (B,).
     doubtful
         Bins of each basin that are neither trusted nor clearly above the cut-off, (B,).
+    missing
+        Their share of the basin's probability by their rough estimates, (B,): what the difference
+        and its error leave out.
     """
 
     difference: np.ndarray
     error: np.ndarray
     doubtful: np.ndarray
+    missing: np.ndarray
 
 
 def basin_differences(of: Landscape, masks: list[np.ndarray]) -> Basins:
@@ -299,7 +315,10 @@ def basin_differences(of: Landscape, masks: list[np.ndarray]) -> Basins:
     each = np.stack([np.logaddexp.reduce(of.log_p_replicas[:, mask], axis=1) for mask in masks])
     spread = (each - each[0]).std(1, ddof=1)
     doubtful = np.array([int((mask & of.doubtful).sum()) for mask in masks])
-    return Basins(-of.kT * (value - value[0]), of.kT * spread, doubtful)
+    lost = np.where(of.doubtful, of.rough, -np.inf)
+    lost = np.array([np.logaddexp.reduce(lost[mask]) for mask in masks])
+    missing = np.exp(lost - np.logaddexp(value, lost))
+    return Basins(-of.kT * (value - value[0]), of.kT * spread, doubtful, missing)
 
 
 class Agreement(NamedTuple):

@@ -12,6 +12,7 @@ from .figures import ATOMS, BEADS, new_figure, tidy
 from .free_energy_landscape import Basins, Landscape, agreement, basin_differences
 
 _COLOURS = (ATOMS, BEADS)
+_MISSING = 0.02
 _PER_POINT = (
     "free_energy",
     "error",
@@ -23,6 +24,7 @@ _PER_POINT = (
     "n_samples",
     "trusted",
     "above",
+    "rough",
 )
 
 
@@ -151,7 +153,9 @@ def basin_rows(
                 f"{basins.difference[k] / kT:.3f} ± {basins.error[k] / kT:.3f}" if k else "0"
             )
             if basins.doubtful.any():
-                row[f"not trusted, {title}"] = int(basins.doubtful[k])
+                row[f"not trusted, {title}"] = (
+                    f"{basins.doubtful[k]} bins, about {basins.missing[k]:.0%} of it"
+                )
         plain = list(found.values())
         if len(plain) == 2 and len({of.temperature_K for of in ways.values()}) == 1:
             gap = abs(plain[0].difference[k] - plain[1].difference[k])
@@ -159,6 +163,17 @@ def basin_rows(
             row["apart (errors)"] = f"{gap / both:.1f}" if k and both > 0 else "-"
         rows.append(row)
     return rows, found
+
+
+def warnings_of(texts: list[str], found: dict[str, Basins]) -> list[str]:
+    """Say which basins lack a part that their error bars know nothing of."""
+    return [
+        f"{title}: F of basin {text!r} lacks bins that can't be trusted, about "
+        f"{basins.missing[k]:.0%} of it: an upper bound; more samples, or a model trained there"
+        for title, basins in found.items()
+        for k, text in enumerate(texts)
+        if basins.missing[k] > _MISSING
+    ]
 
 
 def agreement_line(ways: dict[str, Landscape], max_kT: float) -> str:

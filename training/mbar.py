@@ -15,6 +15,7 @@ import numpy as np
 
 _TOLERANCE = 1e-9
 _MOST_ITERATIONS = 10_000
+_APART = "the umbrella windows don't overlap: use more of them, or a smaller range"
 
 
 class Mbar(NamedTuple):
@@ -27,7 +28,7 @@ class Mbar(NamedTuple):
     log_weight
         ln c_n, (N,), normalised to one: weights in the unbiased ensemble.
     influence
-        First-order change of f per block that counts once more, (n_blocks, K).
+        First-order change of f per block that counts once more, N_k held, (n_blocks, K).
     share
         Probability that a sample is of each ensemble, (N, K): minus the derivative of ln c by f.
     """
@@ -70,10 +71,10 @@ def mbar(bias: np.ndarray, ensemble: np.ndarray, block: np.ndarray) -> Mbar:
         plain = f - np.log(np.maximum(taken, np.finfo(float).tiny) / count)
         f = _closer(boltzmann, count, newton - newton[0], plain - plain[0])
     else:
-        raise ValueError(
-            "the umbrella windows don't overlap (MBAR finds no solution): use more windows or a "
-            "smaller range"
-        )
+        raise ValueError(_APART)
+    root = np.sqrt(count)
+    if n_ensembles > 1 and np.linalg.eigvalsh(_hessian(share) / np.outer(root, root))[1] < 1e-6:
+        raise ValueError(_APART)
     order = np.argsort(block, kind="stable")
     first = np.searchsorted(block[order], np.arange(block.max() + 1))
     excess = np.add.reduceat(share[order], first)

@@ -1,0 +1,81 @@
+"""MBAR against the closed form of harmonic umbrellas on a harmonic ensemble."""
+
+import numpy as np
+import pytest
+
+from ccg_training.mbar import mbar
+
+# exp(-a x²/2) under biases k (x - c)²/2, all reduced: Gaussians of precision a + k.
+A, K, CENTRES = 1.7, 2.5, np.array([-2.0, -0.9, 0.0, 1.1, 2.2])
+N_SAMPLES, N_BLOCKS = 400, 10
+
+
+def exact_free_energy():
+    """-ln of the normalising integrals, against the first."""
+    f = 0.5 * A * K / (A + K) * CENTRES**2
+    return f - f[0]
+
+
+def solved(seed):
+    rng = np.random.default_rng(seed)
+    means = K * CENTRES / (A + K)
+    x = means[:, None] + rng.normal(size=(len(CENTRES), N_SAMPLES)) / np.sqrt(A + K)
+    window = np.repeat(np.arange(len(CENTRES)), N_SAMPLES)
+    block = window * N_BLOCKS + np.tile(np.arange(N_SAMPLES) * N_BLOCKS // N_SAMPLES, len(CENTRES))
+    bias = 0.5 * K * (x.ravel()[:, None] - CENTRES) ** 2
+    return x.ravel(), mbar(bias, window, block), bias, window
+
+
+def bootstrap_error(result, seed=0):
+    """Standard error of f by drawing the blocks of every window anew."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(N_BLOCKS, np.full(N_BLOCKS, 1 / N_BLOCKS), (500, len(CENTRES)))
+    return ((drawn.reshape(500, -1) - 1) @ result.influence).std(0)
+
+
+def test_harmonic_umbrellas():
+    z, moments = [], []
+    for seed in range(40):
+        x, result, _, _ = solved(seed)
+        error = bootstrap_error(result)[1:]
+        z.append((result.free_energy - exact_free_energy())[1:] / error)
+        weight = np.exp(result.log_weight)
+        assert weight.sum() == pytest.approx(1)
+        moments.append((weight * x**2).sum())
+    z = np.array(z)
+    assert abs(z.mean()) < 0.5  # four correlated figures of 40 repetitions
+    assert 0.8 < z.std() < 1.3
+    assert np.mean(moments) == pytest.approx(1 / A, abs=4 * np.std(moments) / np.sqrt(40))
+
+
+def test_the_solution_solves_the_equations():
+    _, result, bias, window = solved(3)
+    f = result.free_energy
+    count = np.bincount(window)
+    log_c = -np.logaddexp.reduce(np.log(count) + f - bias, axis=1)
+    own = -np.logaddexp.reduce(log_c[:, None] - bias, axis=0)
+    np.testing.assert_allclose(own - own[0], f, atol=1e-8)
+    np.testing.assert_allclose(
+        result.log_weight, log_c - np.logaddexp.reduce(log_c), atol=1e-8
+    )
+
+
+def test_influence_is_the_derivative():
+    """One sample in place of another, solved anew, moves f as the influence says."""
+    _, result, bias, window = solved(5)
+    each = mbar(bias, window, np.arange(len(window)))  # every sample a block
+    for n, m in ((0, 1), (900, 1100), (1990, 1700)):
+        other = bias.copy()
+        other[m] = bias[n]
+        change = mbar(other, window, np.arange(len(window))).free_energy - result.free_energy
+        expected = each.influence[n] - each.influence[m]
+        np.testing.assert_allclose(change, expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_windows_far_apart_are_refused():
+    x = np.repeat([0.0, 1000.0], 50)
+    bias = 0.5 * (x[:, None] - np.array([0.0, 1000.0])) ** 2
+    with pytest.raises(ValueError, match="overlap"):
+        mbar(bias, (x > 0).astype(int), (x > 0).astype(int))
+    with pytest.raises(ValueError, match="no sample"):
+        mbar(bias, np.zeros(100, int), np.zeros(100, int))
