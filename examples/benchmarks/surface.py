@@ -31,7 +31,7 @@ class Reference:
         Of bins, (n, n); the lowest is zero, and the error is that of F less its mean over the
         region. Bins never visited are NaN.
     at_centres
-        F at the centres of the bins, on the same scale: in steep places up to 0.2 kT apart.
+        F at the centres of the bins, on the same scale; in steep places they are far apart.
     difference, difference_error
         F(φ > 0) - F(φ < 0).
     """
@@ -143,7 +143,7 @@ def difference(surface: np.ndarray) -> float:
 def deviation(surface: np.ndarray, reference: np.ndarray, region: np.ndarray) -> np.ndarray:
     """Return F - F_reference of the bins of a region, in kT, without its mean, (bins,)."""
     filled = np.where(np.isnan(surface), np.nanmin(surface) + REGION_KT, surface)
-    apart = (filled - reference)[region]
+    apart = filled[region] - reference[region]
     return apart - apart.mean()
 
 
