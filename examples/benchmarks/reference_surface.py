@@ -89,7 +89,17 @@ def refined(run: Run, least: int = 20) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Frames:
-    """The static stages of R walkers: φ, ψ in rad, float32 (F, R, 2), under one bias."""
+    """The static stages of R walkers.
+
+    Attributes
+    ----------
+    angles
+        φ, ψ in rad, float32 (F, R, 2).
+    bias
+        Under which they ran.
+    calls, dropped
+        Energy calls of all stages, and walkers that were left out.
+    """
 
     angles: np.ndarray
     bias: PeriodicBias
@@ -168,12 +178,13 @@ def coarser(fine: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _log_at_centres(counts: np.ndarray) -> np.ndarray:
-    """Return the logarithm at the centres of bins of a nearly flat density, from its means."""
+    """Return ln p at the centres of bins, of a nearly flat density; NaN where none was seen."""
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.log(counts)
         second = sum(np.roll(mean, k, axis) - mean for k in (-1, 1) for axis in (0, 1))
     # A mean exceeds the centre by 1/24 of the second differences, up to fourth order.
-    return mean - np.where(np.isfinite(second), second, 0.0) / 24
+    known = np.where(np.isfinite(mean), mean, np.nan)
+    return known - np.where(np.isfinite(second), second, 0.0) / 24
 
 
 def crossings(angles: np.ndarray) -> int:

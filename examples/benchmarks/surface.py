@@ -7,12 +7,14 @@ bin that a method never visited counts with 10 kT above the lowest bin that it d
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.special import logsumexp
 
+from ccg_ase.units import thermal_energy
 from ccg_training.metrics import free_energy, torsion_histogram
 from ccg_training.reference import read_npz, write_npz
 
@@ -29,7 +31,7 @@ class Reference:
         Of bins, (n, n); the lowest is zero, and the error is that of F less its mean over the
         region. Bins never visited are NaN.
     at_centres
-        F at the centres of the bins, on the same scale: in steep places up to 0.2 kT apart.
+        F at the centres of the bins, on the same scale; in steep places they are far apart.
     difference, difference_error
         F(φ > 0) - F(φ < 0).
     """
@@ -73,27 +75,43 @@ class Curve:
         (m,): all energy calls up to there, of one seed.
     free_energy
         (seeds, m, n, n), NaN where nothing was found yet.
+    at_centres
+        Whether F is that of the centres of bins.
     """
 
     calls: np.ndarray
     free_energy: np.ndarray
+    at_centres: bool = False
 
     def save(self, path: str | Path) -> None:
         """Write the arrays ``calls`` and ``free_energy_kT``."""
         write_npz(path, {"calls": self.calls, "free_energy_kT": self.free_energy})
 
-    @classmethod
-    def load(cls, path: str | Path) -> Curve:
-        """Read a file of `save`, or one of a single seed, or of a single surface and its calls."""
-        stored = read_npz(path)
-        calls, surfaces = np.atleast_1d(stored["calls"]), stored["free_energy_kT"]
-        n = surfaces.shape[-1]
-        return cls(calls, surfaces.reshape(-1, len(calls), n, n))
-
     @property
     def bins(self) -> int:
         """Bins per axis."""
         return self.free_energy.shape[-1]
+
+
+def curves_of(path: str | Path, before: int = 0) -> dict[str, Curve]:
+    """Return what a file holds: the curve of `Curve.save`, or the ways of `ccg free-energy`.
+
+    `before` counts the calls that were spent before, on reference data and training.
+    """
+    stored = read_npz(path)
+    if "free_energy_kT" in stored:
+        calls, surfaces = np.atleast_1d(stored["calls"]), stored["free_energy_kT"]
+        n = surfaces.shape[-1]
+        return {"": Curve(before + calls, surfaces.reshape(-1, len(calls), n, n))}
+    at_centres = json.loads(str(stored["settings"]))["centres"] == "True"
+    found = {}
+    for way in ("direct", "bead_ensemble"):
+        if f"{way}_free_energy" in stored:
+            kT = thermal_energy(float(stored[f"{way}_temperature_K"]))
+            calls = before + np.atleast_1d(stored[f"{way}_n_calls"])
+            surfaces = stored[f"{way}_free_energy"][None, None] / kT
+            found[way.replace("_", " ")] = Curve(calls, surfaces, at_centres)
+    return found
 
 
 def below(surface: np.ndarray, limit_kT: float = REGION_KT) -> np.ndarray:
@@ -125,12 +143,12 @@ def difference(surface: np.ndarray) -> float:
 def deviation(surface: np.ndarray, reference: np.ndarray, region: np.ndarray) -> np.ndarray:
     """Return F - F_reference of the bins of a region, in kT, without its mean, (bins,)."""
     filled = np.where(np.isnan(surface), np.nanmin(surface) + REGION_KT, surface)
-    apart = (filled - reference)[region]
+    apart = filled[region] - reference[region]
     return apart - apart.mean()
 
 
-def rms_error(surface: np.ndarray, reference: Reference, *, at_centres: bool = False) -> float:
-    """Return the rms error over the region; `at_centres`: the surface is of points, not of bins."""
+def rms_error(surface: np.ndarray, reference: Reference, *, at_centres: bool) -> float:
+    """Return the rms error over the region."""
     truth = reference.at_centres if at_centres else reference.free_energy
     return float(np.sqrt(np.mean(deviation(surface, truth, reference.region) ** 2)))
 
