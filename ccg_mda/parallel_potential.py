@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import weakref
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -125,7 +126,9 @@ class _Pool:
         self._pipes: list[Connection] = []
         self.owner = os.getpid()
         self._end = weakref.finalize(self, _end, self.owner, self._processes, self._pipes)
-        # Ctrl-C reaches this process, which ends the workers; blocked, it never reaches them.
+        # Ctrl-C reaches this process, which ends the workers; blocked, it never reaches them. The
+        # tracker comes first: starting it unblocks.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(workers):

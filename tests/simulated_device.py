@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 DEVICE = torch.device("meta")
 _CPU = torch.device("cpu")
@@ -103,6 +103,8 @@ def _run(func, args, kwargs):
             return type(value)(map(placed, value))
         return value
 
+    if torch.Tag.inplace_view in func.tags:  # the shape of the operand changes as well
+        return return_and_correct_aliasing(func, args, kwargs, placed(result))
     return placed(result)
 
 

@@ -1,25 +1,37 @@
 """Stages on another device than the CPU: a simulated one, whose rules are those of a GPU."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from exact_flows import CHAIN, ExactPotential, flow_of, frames_of, perturbed
+from exact_flows import CHAIN, ExactPotential, flow_of, frames_of, perturbed, structures
 from simulated_device import DEVICE, OnDevice, simulated
+from typer.testing import CliRunner
 
 from ccg_ase.checkpoint import load_model, save_model
-from ccg_ase.devices import device_of
+from ccg_ase.devices import available, device_of
 from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
 from ccg_mda import Backmapper
+from ccg_mda.bead_sources import bead_universe
+from ccg_mda.diagnostics import diagnose
+from ccg_mda.parallel_potential import ParallelPotential, usable_cores
+from ccg_mda.potential import OpenMMPotential
+from ccg_mda.torch_potential import TorchSystemPotential
+from ccg_mda.transformation import backmap
 from ccg_training.annealing import anneal, tune_path
+from ccg_training.cli import app
+from ccg_training.config import Config
 from ccg_training.fit_flow import FlowLoss, OwnSamples, fit_flow, frame_nll
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.labels import Labels
 from ccg_training.langevin_sampler import LangevinSampler
 from ccg_training.reconstruction import pull_back_frames, reconstruct
+from ccg_training.reference import read_structure
 from ccg_training.sampling import ase_bead_dynamics
+from ccg_training.system import potential_of
 
 FLOW = flow_of(CHAIN)
 BEADS = CHAIN.cg_map.apply(CHAIN.x0) + 0.05 * np.random.default_rng(0).normal(
@@ -146,3 +158,83 @@ def test_files_hold_no_device(device, tmp_path):
     loaded = Backmapper.from_model(load_model(path, device=device))
     assert_same_module(loaded, here)
     assert_same_module(loaded, FLOW)
+
+
+def test_readers_and_checks(device):
+    flows, exact = both(FLOW, device), ExactPotential(FLOW)
+    universes = [backmap(bead_universe(BEADS[:3], f), f, seed=1, prefetch=3) for f in flows]
+    for found, expected in zip(*(u.trajectory for u in universes), strict=True):
+        np.testing.assert_array_equal(found.positions, expected.positions)
+        assert found.data["log_prob"] == expected.data["log_prob"]
+    frames = structures(CHAIN, 30, 2)
+
+    def potential(x):
+        energy, forces = exact(x.reshape(-1, *x.shape[-2:]))
+        return energy.reshape(x.shape[:-2]), forces.reshape(x.shape)
+
+    found = [diagnose(f, frames, potential, n_states=2, n_samples=30).summary() for f in flows]
+    assert found[0] == found[1]
+
+
+def test_energies(device):
+    pdb = Path(__file__).parents[1] / "data" / "alanine_dipeptide.pdb"
+    openmm = OpenMMPotential.from_pdb(pdb, ["amber96.xml", "amber96_obc.xml"])
+    start = read_structure(pdb).atoms.positions
+    x = start + 0.02 * np.random.default_rng(0).normal(size=(5, *start.shape))
+    here = TorchSystemPotential.from_system(openmm.system, frames_at_once=4)
+    there = TorchSystemPotential.from_system(openmm.system, device=device, frames_at_once=4)
+    for found, expected, truth in zip(there(x), here(x), openmm(x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(found, truth, rtol=1e-8, atol=1e-8)
+
+
+CONFIG = f"""
+[system]
+topology = "{Path(__file__).parents[1] / "data" / "alanine_dipeptide.pdb"}"
+[mapping]
+preset = "backbone"
+[run]
+directory = "run"
+"""
+
+
+def test_a_missing_gpu_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert available("auto") == available("cpu") == torch.device("cpu")
+    (tmp_path / "cycle.toml").write_text(CONFIG)
+    train = ["train", str(tmp_path / "cycle.toml"), "--device"]
+    done = CliRunner().invoke(app, [*train, "cuda:1"])
+    assert done.exit_code == 2
+    assert "there is no device 'cuda:1'" in done.output
+    done = CliRunner().invoke(app, [*train, "abacus"])
+    assert done.exit_code == 2
+    assert "no device is called 'abacus'" in done.output
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert available("auto") == torch.device("cuda")
+    assert available("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="finds 2 GPUs"):
+        available("cuda:2")
+
+
+def test_choice_of_the_potential(tmp_path, monkeypatch):
+    (tmp_path / "cycle.toml").write_text(CONFIG)
+    config = Config.load(tmp_path / "cycle.toml")
+
+    def chosen(**changes):
+        potential = config.potential.model_copy(update=changes)
+        return potential_of(config.model_copy(update={"potential": potential}))
+
+    assert chosen().workers == usable_cores()
+    assert isinstance(chosen(evaluate="torch"), TorchSystemPotential)
+    # Where torch is asked for, it has to do; on a GPU, OpenMM stands in.
+    other = ["amber14/protein.ff14SB.xml", "implicit/gbn2.xml"]
+    with pytest.raises(NotImplementedError, match="isn't available in torch"):
+        chosen(evaluate="torch", forcefield=other)
+    monkeypatch.setattr("ccg_training.system.available", lambda _: DEVICE)
+    with pytest.warns(UserWarning, match="energies come from OpenMM on the CPU"):
+        assert isinstance(chosen(forcefield=other), ParallelPotential)
+    with simulated():
+        assert chosen().device == DEVICE
+    assert isinstance(chosen(evaluate="openmm"), ParallelPotential)
