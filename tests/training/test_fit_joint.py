@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +16,17 @@ from linear_gaussian import GaussianBackmapper
 from ccg_ase import ForceField
 from ccg_ase.energies import bead_energies
 from ccg_mda import Backmapper
+from ccg_training import learning
+from ccg_training.consistency import check_consistency
+from ccg_training.figures import residual_histogram
 from ccg_training.fit_flow import LIKELIHOOD_ONLY, FlowFrames, FlowLoss, fit_flow, mean_nll
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.fit_joint import JointSettings, fit_joint
 from ccg_training.labels import Labels
+from ccg_training.reconstruction import reconstruct
+from ccg_training.reference import ReferenceData, read_npz
+from ccg_training.report_data import ReportData
+from ccg_training.workspace import Workspace
 
 MOLECULE = FreeMolecule()
 KT = MOLECULE.kT()
@@ -82,8 +91,13 @@ def run(models, frames=TRAIN, labels=LABELS, **settings):
     return flow, force_field, fit
 
 
-def test_it_leads_both_models_to_the_closed_form(models):
-    flow, force_field, fit = run(models, steps=80, learning_rate=8e-3)
+@pytest.fixture(scope="module")
+def fitted(models):
+    return run(models, steps=120, learning_rate=8e-3)
+
+
+def test_it_leads_both_models_to_the_closed_form(models, fitted):
+    flow, force_field, fit = fitted
     before, after = divergence(models[0]), divergence(flow)
     assert not fit.worse
     assert 0 < after < before / 3
@@ -107,22 +121,71 @@ def test_one_seed_gives_one_result(models):
     assert not same(other[0], first[0])
 
 
-@pytest.mark.parametrize("broken", ["forces", "energy", "labels"])
-def test_bad_data_leave_the_models_as_they_were(models, broken):
+@pytest.mark.parametrize("broken", ["frames", "labels"])
+def test_bad_data_leave_the_models_as_they_were(fitted, broken):
     frames, labels = TRAIN, LABELS
-    if broken == "forces":
-        frames = replace(frames, forces=-3 * frames.forces)
-    elif broken == "energy":
-        frames = replace(frames, energy=-frames.energy)
+    if broken == "frames":
+        frames = replace(frames, forces=-3 * frames.forces, energy=-frames.energy)
     else:
         labels = replace(labels, force=-labels.force)
-    flow, force_field, fit = run(models, frames, labels, steps=20)
+    flow, force_field, fit = run(fitted[:2], frames, labels, steps=20)
     assert fit.worse
     assert "undone" in str(fit)
-    assert same(flow, models[0])
-    assert same(force_field, models[1])
+    assert same(flow, fitted[0])
+    assert same(force_field, fitted[1])
 
 
 def test_a_loss_without_the_residual_is_refused(models):
     with pytest.raises(ValueError, match="no joint residual"):
         fit_joint(*models, TRAIN, LABELS, HELD_OUT, HELD_OUT_LABELS, FlowLoss.named("forces"))
+
+
+class SmallRun(Workspace):
+    """A run directory of this molecule, with what one iteration leaves there."""
+
+    def __init__(self, folder: Path, models: tuple[Backmapper, ForceField]) -> None:
+        self.directory, self.cg_map, self.temperature_K = folder, MOLECULE.cg_map, 300.0
+        run = SimpleNamespace(seed=0)
+        cycle = SimpleNamespace(joint_steps=3, iterations=1)
+        flow = SimpleNamespace(batch_size=32, learning_rate=2e-3, patience=5)
+        potential = SimpleNamespace(forcefield=[])
+        system = SimpleNamespace(name="", topology=Path("free.pdb"))
+        self.config = SimpleNamespace(
+            run=run, cycle=cycle, flow=flow, potential=potential, system=system
+        )
+        parts = dict(zip(("backmapper", "force_field"), models, strict=True))
+        self.save(self.iteration(1) / "model.ccg", parts)
+        rng = np.random.default_rng(6)
+        samples = reconstruct(models[0], MOLECULE, MOLECULE.states(20, rng), 30, rng)
+        self.final.mkdir()
+        for file in (self.iteration(1) / "samples.npz", self.final / "samples.npz"):
+            samples.save(file)
+        Labels.from_samples(samples, np.ones(20, bool)).save(self.iteration(1) / "labels.npz")
+        LABELS[:100].save(self.iteration(1) / "frame_labels.npz")
+
+    @property
+    def data(self) -> tuple[ReferenceData, ReferenceData]:
+        return tuple(ReferenceData(f.positions, f.forces, f.energy) for f in (TRAIN, HELD_OUT))
+
+
+def test_the_stages_leave_models_and_residuals_and_can_be_repeated(models, tmp_path):
+    run, stage = SmallRun(tmp_path, models), SimpleNamespace(update=lambda *a, **k: None)
+    before = run.model(1).states["force_field"]
+    first = learning.fit_joint(run, stage, 1)
+    after = run.model(1).states["force_field"]
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert first["residual_error"] > 0
+    # A repeated stage must not begin with its own result.
+    assert learning.fit_joint(run, stage, 1) == first
+    figures = check_consistency(run, stage)
+    stored = read_npz(run.final / "consistency.npz")
+    assert stored["forward"].shape == (len(HELD_OUT),)
+    assert stored["reverse"].shape == (600,)
+    assert figures["forward_rms"] == pytest.approx(np.sqrt(np.mean(stored["forward"] ** 2)))
+    data = ReportData(residual_forward=stored["forward"], residual_reverse=stored["reverse"])
+    (axes,) = residual_histogram(data).axes
+    drawn = [patch.get_data() for patch in axes.patches]
+    assert len(drawn) == 2
+    for density in drawn:
+        assert np.sum(density.values * np.diff(density.edges)) == pytest.approx(1.0)
+    assert residual_histogram(ReportData()) is None

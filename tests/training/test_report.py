@@ -48,6 +48,8 @@ def made(n=40_000, **changes):
         ess_rare=np.arange(400) % 10 == 0,
         label_variance_slice=rng.lognormal(0, 0.3, 200),
         label_variance=rng.lognormal(-7, 0.3, 200),
+        residual_forward=rng.normal(0, 0.3, 500),
+        residual_reverse=rng.normal(0.1, 0.3, 500),
         weight_table=np.array([["gap between bounds of ln Z", "0.1 ± 0.02 nats", "0 is perfect"]]),
         structure_table=np.array([["clashes, per atom", "22", "0.010%", "0.20%", "H1 <and> H2"]]),
         turn_table=np.array([["1", *9 * "–"], ["2", *9 * "–"]]),
