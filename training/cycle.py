@@ -5,8 +5,9 @@ Every stage reads what earlier ones left in the run directory and leaves its own
     reference.npz                     atomistic frames
     iteration_0/                      flow by likelihood and coordinates, labels, first force field
     iteration_k/dynamics/beads.dcd    bead ensemble of the previous force field, through ASE
-    iteration_k/samples.npz           its reconstructions, through MDAnalysis, with energies
-    iteration_k/labels.npz            ln Z(s) and mean forces at new s
+    iteration_k/labels.npz            ln Z(s) and mean forces at new s, with errors and origin
+    iteration_k/buffer.npz            weighted atomistic frames there, for the flow
+    iteration_k/states.npz            all states that were tried, and what became of them
     iteration_k/model.ccg             flow and force field after the refit
     final_k/                          the same once more with the last models: what is reported
     model.ccg, report_data.npz, report.html, metrics.jsonl, state.json
@@ -82,7 +83,7 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
         folder = workspace.iteration(0)
         progress.message(
             "torsions as coarse variables have no bead force field, so the cycle ends with the "
-            f"backmapper: F(s) is in {folder / 'thermodynamics.npz'}, mean forces in "
+            f"backmapper: F(s) is in {folder / 'states.npz'}, mean forces in "
             f"{folder / 'labels.npz'}; no report is drawn"
         )
         return

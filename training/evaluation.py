@@ -192,10 +192,11 @@ def report_data(workspace: Workspace, records: list[Metrics]) -> ReportData:
     check = read_npz(final / "held_out.npz")
     ess, iteration, rare = [], [], []
     for k in range(1, config.cycle.iterations + 1):
-        labelled = Samples.load(workspace.iteration(k) / "samples.npz")
-        ess.append(effective_sample_size(labelled.log_weight, axis=1))
+        table = read_npz(workspace.iteration(k) / "states.npz")
+        seen = np.isfinite(table["ess"])
+        ess.append(table["ess"][seen])
         iteration.append(np.full(len(ess[-1]), k))
-        rare.append(rare_states(labelled.beads, reference, cg_map))
+        rare.append(rare_states(table["beads"][seen], reference, cg_map))
     of_beads = {"reference": reference, "beads": visited}
     internals = {k: internal_coordinates(v, cg_map.beads) for k, v in of_beads.items()}
     names = cg_map.beads.names

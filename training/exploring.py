@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
 from ccg_mda.bead_sources import bead_universe
 from ccg_mda.flow import Backmapper
 from ccg_mda.transformation import backmap
-from ccg_mda.weights import effective_sample_size
 
 from . import evaluation
-from .estimators import label_variance, thermodynamics, to_kJ_per_mol, typical
-from .labels import Labels, accept
+from .labelling import LabelSettings, label
+from .labels import Labels
 from .progress import Stage
-from .reconstruction import read_samples, reconstruct
+from .reconstruction import read_samples
 from .reference import write_npz
+from .restrained_labels import Restraint
 from .samples import Samples
 from .sampling import ase_bead_dynamics
 from .stages import Metrics
-from .states import choose_states
+from .states import choose_states, committee_spread
 from .workspace import Workspace
 
 
@@ -49,67 +51,89 @@ def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_ste
     return {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}
 
 
-def label_states(workspace: Workspace, stage: Stage, k: int) -> Metrics:
-    """Choose states worth labelling among those visited, and label them (E2, E3a, E4)."""
-    settings, folder = workspace.config.cycle, workspace.iteration(k)
+def label_states(
+    workspace: Workspace, stage: Stage, k: int, restraint: Restraint | None = None
+) -> Metrics:
+    """Choose states worth labelling among those visited, and label them (E2, E3, E4, E7)."""
+    folder, before = workspace.iteration(k), workspace.model(k - 1)
     visited = evaluation.dcd_frames(folder / "dynamics" / "beads.dcd")
-    chosen = choose_states(
+    force_field = ForceField.from_model(before)
+    spread = committee_spread(force_field, visited)
+    if spread is None and workspace.config.cycle.uncertain:
+        stage.update(note="the force field has one member: diverse states instead of uncertain")
+    known = [Labels.load(workspace.iteration(i) / "labels.npz").beads for i in range(1, k)]
+    chosen = _chosen(workspace, k, visited, spread, np.concatenate([visited[:0], *known]))
+
+    def guess(beads: np.ndarray) -> np.ndarray:
+        return bead_energies(force_field, beads)[1]
+
+    flow = Backmapper.from_model(before)
+    return _label(workspace, stage, k, flow, visited[chosen], restraint, guess)
+
+
+def label_torsions(
+    workspace: Workspace, stage: Stage, restraint: Restraint | None = None
+) -> Metrics:
+    """Label torsion states chosen among the frames: F(s) and -∂F/∂s (E2, E3, E4, E7)."""
+    visited = workspace.cg_map.apply(workspace.data[0].positions)
+    chosen = _chosen(workspace, 0, visited, None, None)
+    flow = Backmapper.from_model(workspace.model(0))
+    return _label(workspace, stage, 0, flow, visited[chosen], restraint, None)
+
+
+def _chosen(
+    workspace: Workspace,
+    k: int,
+    visited: np.ndarray,
+    spread: np.ndarray | None,
+    labelled: np.ndarray | None,
+) -> np.ndarray:
+    settings = workspace.config.cycle
+    return choose_states(
         visited,
         min(settings.n_states, len(visited)),
-        workspace.cg_map.beads,
+        None if workspace.by_torsions else workspace.cg_map.beads,
         diverse=settings.diverse,
+        uncertain=settings.uncertain,
+        spread=spread,
+        labelled=labelled,
         seed=workspace.seed(k, 8),
     )
-    flow = Backmapper.from_model(workspace.model(k - 1))
-    samples = _atoms_of(
-        workspace, stage, flow, visited[chosen], settings.n_samples, workspace.seed(k, 9)
+
+
+def _label(
+    workspace: Workspace,
+    stage: Stage,
+    k: int,
+    flow: Backmapper,
+    states: np.ndarray,
+    restraint: Restraint | None,
+    guess: Callable[[np.ndarray], np.ndarray] | None,
+) -> Metrics:
+    """Label states; write labels, buffer, and a table of all states; return figures."""
+    settings, folder = workspace.config.cycle, workspace.iteration(k)
+    found = label(
+        flow,
+        workspace.potential,
+        states,
+        folder / "labelling",
+        LabelSettings(
+            n_samples=settings.n_samples,
+            gates=settings.gates,
+            n_checked=settings.n_checked,
+            max_calls=settings.max_calls,
+            seed=workspace.seed(k, 9),
+        ),
+        held_out=workspace.data[1],
+        restraint=restraint,
+        guess=guess,
+        progress=stage.update,
     )
-    return _write_labels(workspace, folder, samples)
-
-
-def label_torsions(workspace: Workspace, stage: Stage) -> Metrics:
-    """Label torsion states chosen among the frames: F(s) and -∂F/∂s (E2, E3a, E4)."""
-    settings, folder = workspace.config.cycle, workspace.iteration(0)
-    visited = workspace.cg_map.apply(workspace.data[0].positions)
-    n_states = min(settings.n_states, len(visited))
-    chosen = choose_states(
-        visited, n_states, None, diverse=settings.diverse, seed=workspace.seed(0, 8)
-    )
-    flow = Backmapper.from_model(workspace.model(0))
-    rng = np.random.default_rng(workspace.seed(0, 9))
-    parts = []
-    for piece in np.array_split(chosen, max(1, n_states // 10)):
-        states = visited[piece]
-        parts.append(reconstruct(flow, workspace.potential, states, settings.n_samples, rng))
-        stage.update(sum(len(part.beads) for part in parts), n_states)
-    return _write_labels(workspace, folder, Samples.concatenate(*parts))
-
-
-def _write_labels(workspace: Workspace, folder: Path, samples: Samples) -> Metrics:
-    """Write samples, the labels that they give, and energies and entropies; return figures."""
-    settings = workspace.config.cycle
-    good = accept(samples.log_weight, min_ess=settings.min_ess, max_pareto_k=settings.max_pareto_k)
-    Labels.from_samples(samples, good).save(folder / "labels.npz")
-    split = thermodynamics(samples.log_weight, samples.energy, workspace.temperature_K)
-    parts = {"free_energy_eV": split.free_energy, "energy_eV": split.energy}
-    parts["entropy_eV_per_K"] = split.entropy
-    write_npz(
-        folder / "thermodynamics.npz",
-        {"torsions" if workspace.by_torsions else "beads": samples.beads, "accepted": good}
-        | {name: part.value for name, part in parts.items()}
-        | {f"{name}_error": part.error for name, part in parts.items()},
-    )
-    samples.save(folder / "samples.npz")
-    ess = effective_sample_size(samples.log_weight, axis=1)
-    variance = to_kJ_per_mol(typical(label_variance(samples.log_weight, samples.labels)))
-    return {
-        "calls": samples.n_calls,
-        "states": len(samples.beads),
-        "accepted": int(good.sum()),
-        "ess_mean": float(ess.mean()),
-        "ess_p5": float(np.percentile(ess, 5)),
-        "label_variance_kJ2": float(variance),
-    }
+    found.labels.save(folder / "labels.npz")
+    found.buffer.save(folder / "buffer.npz")
+    write_npz(folder / "states.npz", found.table)
+    stage.update(note=f"{stage.note} {found.told()}".strip())
+    return found.figures()
 
 
 def reconstruct_ensemble(workspace: Workspace, stage: Stage) -> Metrics:

@@ -13,8 +13,9 @@ from ccg_ase.forcefield import ForceField
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
+from .buffer import Buffer
 from .describe import held_coordinates
-from .estimators import free_energy, label_variance, mean_force, normalised_weights, typical
+from .estimators import typical
 from .fit_flow import (
     LIKELIHOOD_ONLY,
     FlowFrames,
@@ -26,14 +27,13 @@ from .fit_flow import (
     without_free_energy,
 )
 from .fit_forcefield import FitSettings, fit_force_field
-from .labels import Labels
+from .labels import FRAME, Labels
 from .langevin_sampler import LangevinSampler
 from .progress import Stage
 from .reconstruction import in_own_frame, pull_back_frames
-from .reference import MDANALYSIS_FORCE, ReferenceData
+from .reference import MDANALYSIS_FORCE, ReferenceData, read_npz
 from .reference_beads import ReferenceBeads
 from .relative_entropy import RelativeEntropySettings, minimise_relative_entropy
-from .samples import Samples
 from .stages import Metrics
 from .workspace import Workspace
 
@@ -117,12 +117,13 @@ def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
     train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
     if k:
-        own, state = _as_frames(Samples.load(folder / "samples.npz"), force_field)
+        own, state = _as_frames(Buffer.load(folder / "buffer.npz"), force_field)
         kept_back = state % 10 == 0
         train = train.joined(own[~kept_back])
-        # Stored frames alone would stop the fit as soon as it learns anything new.
-        thinned = held_out[:: max(1, len(held_out) // max(1, kept_back.sum()))]
-        held_out = thinned.joined(own[kept_back])
+        if kept_back.any():
+            # Stored frames alone would stop the fit as soon as it learns anything new.
+            thinned = held_out[:: max(1, len(held_out) // int(kept_back.sum()))]
+            held_out = thinned.joined(own[kept_back])
     steps = settings.refit_steps if k else settings.force_steps
     terms = FlowLoss.named(settings.loss)
     metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, k, 3)
@@ -216,6 +217,7 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
                 force_variance * every,
                 single,
                 kt**2 * log_weight_variance * every,
+                origin=FRAME,
             )
         )
         stage.update(sum(map(len, parts)), len(chosen))
@@ -227,10 +229,8 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
 def _scatter(workspace: Workspace, k: int) -> tuple[float, float]:
     """Variance at fixed s of a single label, (eV/Å)² or (eV/rad)², and of a log-weight."""
     if k or workspace.by_torsions:
-        samples = Samples.load(workspace.iteration(k) / "samples.npz")
-        force = typical(label_variance(samples.log_weight, samples.labels))
-        with np.errstate(invalid="ignore"):  # a clash has the log-weight -inf
-            spread = typical(samples.log_weight.var(axis=1))
+        table = read_npz(workspace.iteration(k) / "states.npz")
+        force, spread = (typical(table[n]) for n in ("label_variance", "log_weight_variance"))
         if np.isfinite([force, spread]).all():
             return force, spread
     # Not measured; typical before the last fit (flow_recipe.md, run L5): on the safe side.
@@ -322,30 +322,25 @@ def _minimise_relative_entropy(
     return {f"relative_entropy_{name}": value for name, value in found.items()}
 
 
-def _as_frames(samples: Samples, force_field: ForceField) -> tuple[FlowFrames, np.ndarray]:
-    """Turn samples of the flow into frames whose weights sum to K at every state; and their states.
+def _as_frames(buffer: Buffer, force_field: ForceField) -> tuple[FlowFrames, np.ndarray]:
+    """Turn the buffer into frames to fit the flow to; and their states.
 
     The bead force and free energy at a state are what its samples say, not the force field: these
-    states were chosen where it may be wrong. Free energies get the force field's zero.
+    states were chosen where it may be wrong. Free energies get the force field's zero; where they
+    aren't known, the force field's own is all there is.
     """
-    n_states, n_samples = samples.energy.shape
-    force = mean_force(samples.log_weight, samples.labels).value
-    energy = free_energy(samples.log_weight, samples.temperature_K).value
-    modelled, _ = bead_energies(force_field, samples.beads)
-    energy = energy + typical(modelled - energy)
-    state = np.repeat(np.arange(n_states), n_samples).reshape(n_states, n_samples)
-    weight = normalised_weights(samples.log_weight) * n_samples
-    use = np.isfinite(samples.energy) & (weight > 1e-3)
-    state = state[use]
+    modelled, _ = bead_energies(force_field, buffer.beads) if len(buffer) else (np.zeros(0), None)
+    known = np.isfinite(buffer.free_energy)
+    shift = typical(modelled[known] - buffer.free_energy[known]) if known.any() else 0.0
     frames = FlowFrames(
-        samples.positions[use],
-        weight[use],
-        samples.forces[use],
-        samples.energy[use],
-        force[state],
-        energy[state],
+        buffer.positions,
+        buffer.weight,
+        buffer.forces,
+        buffer.energy,
+        buffer.bead_force,
+        np.where(known, buffer.free_energy + shift, modelled),
     )
-    return frames, state
+    return frames, buffer.state
 
 
 def _show_terms(stage: Stage) -> ProgressCallback:

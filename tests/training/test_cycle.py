@@ -63,6 +63,8 @@ n_frame_labels = 100
 n_report = 20
 n_report_samples = 4
 n_held_out = 5
+n_checked = 5
+max_calls = 200
 [run]
 directory = "run"
 threads = 1
@@ -130,7 +132,8 @@ def test_one_command_leaves_model_report_and_figures(whole):
 def test_energy_calls_add_up(whole):
     calls = {(r["stage"], r["iteration"]): r["calls"] for r in records(whole)}
     assert calls.pop(("reference data", 0)) == 21_000
-    assert calls.pop(("reconstruction", 1)) == calls.pop(("reconstruction", 2)) == 6 * 8
+    for k in (1, 2):  # the forward check, and labels as far as the budget goes
+        assert 5 * 8 + 6 * 8 <= calls.pop(("reconstruction", k)) <= 200
     assert calls.pop(("final reconstruction", 2)) == 20 * 4
     assert calls.pop(("held-out check", 2)) % 200 == 0
     assert not any(calls.values())
@@ -194,9 +197,9 @@ def test_torsions_give_free_energies_and_say_that_there_is_no_force_field(whole,
     assert set(model.configs) == {"backmapper"}
     assert model.cg_map.names == ("phi", "psi")
     assert not (run / "report.html").exists()
-    with np.load(run / "iteration_0" / "thermodynamics.npz") as table:
-        assert table["torsions"].shape == (6, 2)
-        assert np.isfinite(table["free_energy_eV"]).all()
+    with np.load(run / "iteration_0" / "states.npz") as table:
+        assert table["beads"].shape == (6, 2)
+        assert np.isfinite(table["free_energy"]).all()
     assert Labels.load(run / "iteration_0" / "frame_labels.npz").force.shape == (100, 2)
     assert train(tmp_path, "--resume").exit_code == 0
 
