@@ -57,6 +57,16 @@ class DoubleWell:
         u, density, _ = self._density(beads)
         return np.log(np.trapezoid(density, u, axis=1) * 2 * np.pi * KT / STIFFNESS)
 
+    def sample(self, beads, rng):
+        """One draw of p(x|s) at every state, (S, 2, 3)."""
+        u, density, _ = self._density(beads)
+        share = np.cumsum(density, axis=1)
+        drawn = rng.random(len(beads))
+        along = [np.interp(r, c / c[-1], u) for r, c in zip(drawn, share, strict=True)]
+        across = rng.normal(scale=np.sqrt(KT / STIFFNESS), size=(len(beads), 2))
+        arm = np.concatenate([np.array(along)[:, None], across], axis=1)
+        return np.stack([beads[:, 0], beads[:, 0] + arm], axis=1)
+
     def mean_energy(self, beads):
         u, density, energy = self._density(beads)
         along = np.trapezoid(density * energy, u, axis=1) / np.trapezoid(density, u, axis=1)
@@ -74,11 +84,16 @@ class WideBackmapper(NormalNoise):
     n_dof = 3
     temperature_K = TEMPERATURE_K
 
-    def __init__(self, molecule, *, centre=0.25, width=0.6):
+    def __init__(self, molecule, *, centre=0.25, width=0.6, across=0.3):
         super().__init__()
         self.cg_map = molecule.cg_map
         self.centre = torch.tensor([centre, 0.0, 0.0], dtype=torch.float64)
-        self.width = torch.tensor([width, 0.3, 0.3], dtype=torch.float64)
+        self.width = torch.tensor([width, across, across], dtype=torch.float64)
+
+    @classmethod
+    def one_well(cls, molecule):
+        """Nearly exact in the well at negative u, and without the other one."""
+        return cls(molecule, centre=-WELL, width=0.1, across=np.sqrt(KT / STIFFNESS))
 
     def forward(self, beads, *, temperature_K=None, box=None):
         return _Wide(self, beads)
@@ -93,3 +108,13 @@ class _Wide:
         bead = self.beads[..., 0, :].expand(*noise.shape[:-1], 3)
         x = torch.stack([bead, bead + model.centre + model.width * noise], -2)
         return x, model.log_base(noise) - torch.log(model.width).sum()
+
+    def positions_from(self, noise):
+        return self.positions_and_log_prob_from(noise)[0]
+
+    def noise_from(self, positions):
+        arm = positions[..., 1, :] - positions[..., 0, :]
+        return (arm - self.model.centre) / self.model.width
+
+    def log_prob(self, positions):
+        return self.positions_and_log_prob_from(self.noise_from(positions))[1]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from ccg_ase.units import thermal_energy
 from ccg_mda.bounds import Estimate, n_samples, normalised_weights
 from ccg_mda.weights import log_mean_exp
 
-from .estimators import linearised_error, weighted_mean
+from .estimators import Thermodynamics, linearised_error, weighted_mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,29 @@ class AnnealedSamples:
         mean, influence = weighted_mean(self.log_weight, values)
         related = linearised_error(self._by_family(influence))
         return Estimate(mean, np.maximum(related, linearised_error(influence)))
+
+    def thermodynamics(self, temperature_K: float) -> Thermodynamics:
+        """Split F(s) into energy and entropy (E4).
+
+        The errors of both are added up for that of the entropy, whatever their correlation.
+
+        Parameters
+        ----------
+        temperature_K
+            That of the weights.
+        """
+        kT, log_z = thermal_energy(temperature_K), self.log_partition
+        F, U = Estimate(-kT * log_z.value, kT * log_z.error), self.average(self.energy)
+        entropy = Estimate((U.value - F.value) / temperature_K, (U.error + F.error) / temperature_K)
+        return Thermodynamics(F, U, entropy)
+
+    def __getitem__(self, states: np.ndarray) -> AnnealedSamples:
+        """Return the samples of some states; energy calls are still those of all."""
+        by_stage = ("acceptance", "effective_sample_size")
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "n_calls"}
+        return replace(
+            self, **{k: a[:, states] if k in by_stage else a[states] for k, a in arrays.items()}
+        )
 
     def _by_family(self, influence: np.ndarray) -> np.ndarray:
         """Sum (S, K, ...) over families; those that died out have none."""

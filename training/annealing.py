@@ -34,6 +34,10 @@ _MEMORY = (
 )
 
 
+class PathTooLongError(ValueError):
+    """The flow is too far from p(x|s) at some state for the stages that a path may have."""
+
+
 @dataclass(frozen=True, eq=False)
 class AnnealingPath:
     """What is fixed before an annealing run.
@@ -112,7 +116,7 @@ def tune_path(
 
     Raises
     ------
-    ValueError
+    PathTooLongError
         If the path would need more stages.
     """
     space = NoiseSpace(backmapper, potential, beads, batch_size=batch_size)
@@ -122,7 +126,7 @@ def tune_path(
     fractions, steps = [0.0], []
     while fractions[-1] < 1.0:
         if len(steps) == max_stages:
-            raise ValueError(
+            raise PathTooLongError(
                 f"after {max_stages} stages the path is at {fractions[-1]:.2g} of its way: the "
                 "flow is too far from the atomistic ensemble at these states; train it further, "
                 "or sample them by restrained dynamics"

@@ -7,6 +7,7 @@ file. A key that does not exist is an error that names the nearest one that does
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -31,6 +32,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from .config_text import explain, nearest, toml_value
+from .thresholds import Gates
 
 
 class ConfigError(ValueError):
@@ -297,22 +299,72 @@ class Cycle(Section):
     n_states: PositiveInt = Field(500, description="bead states labelled per turn")
     n_samples: PositiveInt = Field(64, description="reconstructions per labelled state")
     n_frame_labels: PositiveInt = Field(20000, description="stored frames labelled per turn")
-    diverse: float = Field(
-        0.5, ge=0, le=1, description="share of states chosen for diversity, not for population"
+    uncertain: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="share of states where the committee disagrees; one member: diverse ones",
     )
-    min_ess: float = Field(
-        0.3, gt=0, lt=1, description="labels of a smaller effective sample size are dropped"
+    diverse: float = Field(
+        0.25, ge=0, le=1, description="share of states far from all others; the rest by population"
+    )
+    max_calls_per_turn: NonNegativeInt | None = Field(
+        None, description="energy calls that labelling may spend in a turn"
+    )
+    highest_kT: PositiveFloat = Field(
+        12.0, description="torsions: states that lie higher above the lowest aren't looked for"
+    )
+    restrained_ps: NonNegativeFloat = Field(
+        1.0, description="dynamics at states where the flow can't be trusted: their length; 0: none"
+    )
+    restrained_every_fs: PositiveInt = Field(20, description="time between their frames")
+    steering_ps: PositiveFloat = Field(
+        0.3, description="time to lead them to the state, and to relax there"
+    )
+    n_checked: NonNegativeInt = Field(
+        100, description="held-out frames that tell whether the flow has dropped a mode"
+    )
+    min_effective: PositiveFloat = Field(
+        Gates.min_effective, description="gate: effective samples that a label needs"
     )
     max_pareto_k: float = Field(
-        0.7, gt=0, description="labels of heavier-tailed weights are dropped"
+        Gates.max_pareto_k, gt=0, description="gate: largest tail shape of weights"
     )
     joint_steps: NonNegativeInt = Field(
         0, description="final fit of flow and force field together: steps; 0 leaves it out"
     )
+    log_z_error: PositiveFloat = Field(
+        Gates.log_z_error, description="wanted error of ln Z(s), nats"
+    )
+    force_error: PositiveFloat = Field(
+        Gates.force_error, description="wanted error of a mean-force component, eV/A"
+    )
+    max_samples: PositiveInt = Field(
+        Gates.max_samples, description="most plain samples per state; beyond, annealing is cheaper"
+    )
+    max_stages: NonNegativeInt = Field(
+        Gates.max_stages, description="longest annealing path; 0: none"
+    )
+
     n_report: PositiveInt = Field(2000, description="bead states of the final ensemble")
     n_report_samples: PositiveInt = Field(8, description="reconstructions of each of them")
     n_held_out: PositiveInt = Field(100, description="held-out states of the final check")
     n_held_out_samples: PositiveInt = Field(200, description="reconstructions of each of them")
+
+    @property
+    def gates(self) -> Gates:
+        """The thresholds of the gates, by the keys of the same names."""
+        names = {field.name for field in dataclasses.fields(Gates)}
+        return Gates(**{name: value for name, value in self if name in names})
+
+    @model_validator(mode="after")
+    def _shares(self) -> Cycle:
+        if self.uncertain + self.diverse > 1:
+            raise _fault(
+                f"uncertain + diverse = {self.uncertain + self.diverse:g} is more than 1: they are "
+                "shares of the labelled states"
+            )
+        return self
 
 
 class Stop(Section):

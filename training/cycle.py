@@ -5,14 +5,15 @@ Every stage reads what earlier ones left in the run directory and leaves its own
     reference.npz                     atomistic frames
     iteration_0/                      flow by likelihood and coordinates, labels, first force field
     iteration_k/dynamics/beads.dcd    bead ensemble of the force field of turn k - 1
-    iteration_k/samples.npz           reconstructions at chosen states, with energies
-    iteration_k/labels.npz            ln Z(s) and mean forces there
+    iteration_k/labels.npz            ln Z(s) and mean forces at new s, with errors and origin
+    iteration_k/buffer.npz            weighted atomistic frames there, for the flow
+    iteration_k/states.npz            all states that were tried, and what became of them
     iteration_k/model.ccg             the better flow and force field of before and after the refit
     final_k/                          fine-tuned models, and what is reported of them
     model.ccg, report_data.npz, report.html, metrics.jsonl, state.json
 
-Where torsions are the coarse variables there is no bead force field to iterate with: the flow is
-fitted to likelihood and forces, F(s) and mean forces are labelled in iteration_0, and that is all.
+Where torsions are the coarse variables there is no bead force field, and none is needed: any state
+can be labelled. A surface over torsions (`torsion_surface`) then says where, and stands in for it.
 
 Resuming skips the stages whose record is in ``state.json`` and repeats the one that was cut off.
 The loop ends as `stopping` decides; with larger budgets or more turns, resuming goes on with it.
@@ -35,6 +36,7 @@ from . import evaluation, exploring, learning
 from .config import Config
 from .data_check import check
 from .findings import refuse_faults
+from .new_labels import label_states
 from .progress import Progress, Stage
 from .reference import ReferenceData, read_npz, reference_data, trajectory_of
 from .report import write_report
@@ -77,33 +79,33 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
     run("data check", _check_data, progress=progress)
     run("flow: likelihood", learning.fit_likelihood)
     run("flow: coordinates", learning.fit_coordinates)
-    if workspace.by_torsions:
-        run("flow: forces", learning.fit_forces_by_torsions)
-        run("free energies", exploring.label_torsions)
+    by_torsions = workspace.by_torsions
+    if not by_torsions:
         run("labels on frames", learning.label_frames, k=0)
-        run("model", _write_model, records=stages.records)
-        folder = workspace.iteration(0)
-        progress.message(
-            "torsions as coarse variables have no bead force field, so the cycle ends with the "
-            f"backmapper: F(s) is in {folder / 'thermodynamics.npz'}, mean forces in "
-            f"{folder / 'labels.npz'}; no report is drawn"
-        )
-        return
-    run("labels on frames", learning.label_frames, k=0)
-    run("force field", learning.refit_force_field, k=0)
+        run("force field", learning.refit_force_field, k=0)
     run("flow: forces", learning.fit_forces, k=0)
     k, n_steps = 0, workspace.config.dynamics.n_steps
     while (end := stop(workspace.config, stages.records, k)) is None:
         k += 1
         folder, left = workspace.iteration(k), calls_left(workspace.config, stages.records)
-        run("bead dynamics", exploring.sample_beads, k, k=k, folder=folder, n_steps=n_steps)
-        run("labels at new states", exploring.label_states, k, k=k, max_calls=left)
+        if not by_torsions:
+            run("bead dynamics", exploring.sample_beads, k, k=k, folder=folder, n_steps=n_steps)
+        run("labels at new states", label_states, k, k=k, max_calls=left)
         run("flow", learning.fit_forces, k, k=k)
-        run("labels on frames", learning.label_frames, k, k=k)
-        run("force field", learning.refit_force_field, k, k=k)
+        if not by_torsions:
+            run("labels on frames", learning.label_frames, k, k=k)
+            run("force field", learning.refit_force_field, k, k=k)
         run("turn check", check_turn, k, k=k)
         progress.row(f"turn {k}", turn_row(stages.records, k))
     run("end of the loop", _end_loop, k, end=end, progress=progress)
+    if by_torsions:
+        run("labels on frames", learning.label_frames, k, k=k)
+        run("model", _write_model, k, k=k, records=stages.records)
+        progress.message(
+            "torsions as coarse variables have no bead force field: F over them is mapped by "
+            f"ccg free-energy {workspace.directory / 'model.ccg'}; no report is drawn"
+        )
+        return
     run("fine-tuning", learning.fine_tune, k, k=k)
     run("final bead dynamics", exploring.sample_final_beads, k, k=k)
     run("final reconstruction", exploring.reconstruct_ensemble, k, k=k)
@@ -145,21 +147,19 @@ def _end_loop(workspace: Workspace, stage: Stage, end: Stop, progress: Progress)
     return {"reason": end.reason, "told": end.sentence}
 
 
-def _write_model(
-    workspace: Workspace, stage: Stage, records: list[Metrics], k: int | None = None
-) -> Metrics:
-    """Write the final model with its figures; k is the last turn, None where there is no loop."""
+def _write_model(workspace: Workspace, stage: Stage, records: list[Metrics], k: int) -> Metrics:
+    """Write the final model, after turn k, with its figures."""
     del stage
     figures = {
         f"{record['stage']}: {name}": record[name]
         for record in records
-        if record["iteration"] == (k or 0)
+        if record["iteration"] == k
         for name in record
         if name.startswith(("ess", "label_variance", "variance_ratio", "lnZ_gap", "nll"))
     }
-    model = workspace.model(0) if k is None else workspace.final_model(k)
+    model = workspace.model(k) if workspace.by_torsions else workspace.final_model(k)
     parts: dict[str, nn.Module] = {"backmapper": Backmapper.from_model(model)}
-    if k is not None:
+    if not workspace.by_torsions:
         parts["force_field"] = ForceField.from_model(model)
     workspace.save(workspace.directory / "model.ccg", parts, figures)
     return {}

@@ -53,7 +53,7 @@ def mean_force(log_weight: np.ndarray, labels: np.ndarray) -> Estimate:
 
     With the labels of `pull_back` the value is exactly kT ∂/∂s ln Ẑ_K at fixed noise. Its bias is
     of order (1 - ESS)/K times the spread of the labels. Where one sample has nearly all the weight
-    the error is far too small: gate such states (`labels.accept`) before use.
+    the error is far too small: gate such states (`gates.trusted`) before use.
 
     Parameters
     ----------
@@ -128,6 +128,35 @@ def thermodynamics(
         (U - F.value) / temperature_K, linearised_error(influence + kT * of_log_z) / temperature_K
     )
     return Thermodynamics(F, Estimate(U, linearised_error(influence)), entropy)
+
+
+def mapping_entropy(log_weight: np.ndarray, energy: np.ndarray, temperature_K: float) -> Estimate:
+    """Entropy of p(x|s) (E5): -∫ p ln p dx = E[U|s]/kT + ln Z(s), (S,), nats, for x in Å.
+
+    What the mapping leaves open at s; its error is that of the entropy of `thermodynamics`.
+
+    Parameters
+    ----------
+    log_weight, energy, temperature_K
+        As in `thermodynamics`.
+    """
+    entropy = thermodynamics(log_weight, energy, temperature_K).entropy
+    k = thermal_energy(1.0)
+    return Estimate(entropy.value / k, entropy.error / k)
+
+
+def temperature_derivative(
+    log_weight: np.ndarray, energy: np.ndarray, temperature_K: float
+) -> Estimate:
+    """∂F/∂T = -S(s) at fixed s (E4), (S,), eV/K.
+
+    Parameters
+    ----------
+    log_weight, energy, temperature_K
+        As in `thermodynamics`.
+    """
+    entropy = thermodynamics(log_weight, energy, temperature_K).entropy
+    return Estimate(-entropy.value, entropy.error)
 
 
 def at_temperature(

@@ -197,10 +197,11 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
     check = read_npz(final / "held_out.npz")
     ess, iteration, rare = [], [], []
     for turn in range(1, k + 1):
-        labelled = Samples.load(workspace.iteration(turn) / "samples.npz")
-        ess.append(effective_sample_size(labelled.log_weight, axis=1))
+        table = read_npz(workspace.iteration(turn) / "states.npz")
+        seen = np.isfinite(table["ess"])
+        ess.append(table["ess"][seen])
         iteration.append(np.full(len(ess[-1]), turn))
-        rare.append(rare_states(labelled.beads, reference, cg_map))
+        rare.append(rare_states(table["beads"][seen], reference, cg_map))
     of_beads = {"reference": compared, "beads": visited}
     internals = {name: internal_coordinates(v, cg_map.beads) for name, v in of_beads.items()}
     names = cg_map.beads.names

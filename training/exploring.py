@@ -10,26 +10,25 @@ from ccg_ase.forcefield import ForceField
 from ccg_mda.bead_sources import bead_universe
 from ccg_mda.flow import Backmapper
 from ccg_mda.transformation import backmap
-from ccg_mda.weights import effective_sample_size
 
 from . import evaluation
-from .estimators import label_variance, thermodynamics, to_kJ_per_mol, typical
 from .exchange_sampling import exchange_bead_dynamics
-from .labels import Labels, accept
 from .progress import Stage
-from .reconstruction import read_samples, reconstruct
+from .reconstruction import read_samples
 from .reference import write_npz
 from .samples import Samples
 from .sampling import ase_bead_dynamics
 from .stages import Metrics
 from .states import choose_states
+from .turn_labels import labels_of_turns
 from .workspace import Workspace
 
 
 def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_steps: int) -> Metrics:
     """Run bead dynamics on the force field of turn k - 1, from all that is known so far."""
     known = [workspace.cg_map.apply(workspace.data[0].positions)]
-    known += [Labels.load(workspace.iteration(i) / "labels.npz").beads for i in range(1, k)]
+    if (labelled := labels_of_turns(workspace, range(1, k))) is not None:
+        known.append(labelled.beads)
     force_field = ForceField.from_model(workspace.model(k - 1))
     return _dynamics(workspace, stage, force_field, np.concatenate(known), folder, n_steps, k)
 
@@ -95,70 +94,6 @@ def _dynamics(
         )
     longest = evaluation.longest_bond(frames, workspace.cg_map)
     return figures | {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}
-
-
-def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | None) -> Metrics:
-    """Choose states worth labelling among those visited, and label them (E2, E3a, E4)."""
-    settings, folder = workspace.config.cycle, workspace.iteration(k)
-    visited = evaluation.dcd_frames(folder / "dynamics" / "beads.dcd")
-    affordable = len(visited) if max_calls is None else max_calls // settings.n_samples
-    chosen = choose_states(
-        visited,
-        min(settings.n_states, len(visited), affordable),
-        workspace.cg_map.beads,
-        diverse=settings.diverse,
-        seed=workspace.seed(k, 8),
-    )
-    flow = Backmapper.from_model(workspace.model(k - 1))
-    samples = _atoms_of(
-        workspace, stage, flow, visited[chosen], settings.n_samples, workspace.seed(k, 9)
-    )
-    return _write_labels(workspace, folder, samples)
-
-
-def label_torsions(workspace: Workspace, stage: Stage) -> Metrics:
-    """Label torsion states chosen among the frames: F(s) and -∂F/∂s (E2, E3a, E4)."""
-    settings, folder = workspace.config.cycle, workspace.iteration(0)
-    visited = workspace.cg_map.apply(workspace.data[0].positions)
-    n_states = min(settings.n_states, len(visited))
-    chosen = choose_states(
-        visited, n_states, None, diverse=settings.diverse, seed=workspace.seed(0, 8)
-    )
-    flow = Backmapper.from_model(workspace.model(0))
-    rng = np.random.default_rng(workspace.seed(0, 9))
-    parts = []
-    for piece in np.array_split(chosen, max(1, n_states // 10)):
-        states = visited[piece]
-        parts.append(reconstruct(flow, workspace.potential, states, settings.n_samples, rng))
-        stage.update(sum(len(part.beads) for part in parts), n_states)
-    return _write_labels(workspace, folder, Samples.concatenate(*parts))
-
-
-def _write_labels(workspace: Workspace, folder: Path, samples: Samples) -> Metrics:
-    """Write samples, the labels that they give, and energies and entropies; return figures."""
-    settings = workspace.config.cycle
-    good = accept(samples.log_weight, min_ess=settings.min_ess, max_pareto_k=settings.max_pareto_k)
-    Labels.from_samples(samples, good).save(folder / "labels.npz")
-    split = thermodynamics(samples.log_weight, samples.energy, workspace.temperature_K)
-    parts = {"free_energy_eV": split.free_energy, "energy_eV": split.energy}
-    parts["entropy_eV_per_K"] = split.entropy
-    write_npz(
-        folder / "thermodynamics.npz",
-        {"torsions" if workspace.by_torsions else "beads": samples.beads, "accepted": good}
-        | {name: part.value for name, part in parts.items()}
-        | {f"{name}_error": part.error for name, part in parts.items()},
-    )
-    samples.save(folder / "samples.npz")
-    ess = effective_sample_size(samples.log_weight, axis=1)
-    variance = to_kJ_per_mol(typical(label_variance(samples.log_weight, samples.labels)))
-    return {
-        "calls": samples.n_calls,
-        "states": len(samples.beads),
-        "accepted": int(good.sum()),
-        "ess_mean": float(ess.mean()),
-        "ess_p5": float(np.percentile(ess, 5)),
-        "label_variance_kJ2": float(variance),
-    }
 
 
 def reconstruct_ensemble(workspace: Workspace, stage: Stage, k: int) -> Metrics:

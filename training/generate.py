@@ -159,12 +159,11 @@ def generate_from_config(
     config: Config, directory: Path, tick: Tick | None
 ) -> tuple[ReferenceData, int]:
     """Generate what the [reference] section asks for; data, and steps as energy calls."""
-    from ccg_mda.potential import OpenMMPotential
+    from .system import openmm_potential_of
 
-    potential = OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
     settings = config.reference
     data = generate(
-        potential,
+        openmm_potential_of(config),
         read_structure(config.system.topology).atoms.positions,
         config.system.temperature_K,
         directory,

@@ -7,10 +7,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ccg_mda.weights import effective_sample_size, pareto_k
+from ccg_mda.bounds import Estimate
 
 from .estimators import free_energy, mean_force
+from .reference import write_npz
 from .samples import Samples
+
+PLAIN, ANNEALED, RESTRAINED, FRAME, FORCE = "plain", "annealed", "restrained", "frame", "force"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,13 @@ class Labels:
         Of every label, (L,), K. NaN: that of the model, as if it had no other.
     boxes
         Cell vectors in rows, (L, 3, 3), Å. NaN: open space.
+    run
+        Number of the run of dynamics whose frame a label is from, (L,): `split` keeps those of one
+        run together, since they are alike. NaN: a label by itself.
+    origin
+        What each label comes from, (L,) str: `PLAIN` or `ANNEALED` weighted samples, frames of
+        `RESTRAINED` dynamics, a `FRAME` of the reference, a mapped `FORCE`; "" where that isn't
+        known.
 
     Raises
     ------
@@ -46,10 +56,14 @@ class Labels:
     free_energy_variance: np.ndarray | None = None
     temperature_K: np.ndarray | None = None
     boxes: np.ndarray | None = None
+    run: np.ndarray | None = None
+    origin: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.beads)
-        for field in fields(self):
+        origin = np.full(n, "") if self.origin is None else np.asarray(self.origin, dtype=str)
+        object.__setattr__(self, "origin", np.broadcast_to(origin, (n,)))
+        for field in fields(self)[:-1]:
             value, shape = getattr(self, field.name), (n, 3, 3) if field.name == "boxes" else (n,)
             value = np.full(shape, np.nan) if value is None else np.asarray(value, dtype=np.float64)
             object.__setattr__(self, field.name, value)
@@ -63,9 +77,10 @@ class Labels:
             self.free_energy,
             self.free_energy_variance,
             self.temperature_K,
+            self.run,
         )
         if any(value.shape != (n,) for value in per_state):
-            raise ValueError(f"variances, free energies and temperatures must have shape ({n},)")
+            raise ValueError(f"variances, free energies, temperatures, runs must have shape ({n},)")
         boxless = np.isnan(self.boxes)
         if self.boxes.shape != (n, 3, 3) or (boxless.any() and not boxless.all()):
             raise ValueError(f"boxes must have shape ({n}, 3, 3), all of them or none")
@@ -79,28 +94,29 @@ class Labels:
             raise ValueError("variances must not be negative")
 
     @classmethod
-    def from_samples(cls, samples: Samples, keep: np.ndarray | None = None) -> Labels:
+    def from_samples(cls, samples: Samples) -> Labels:
         """Average the samples at each state (E2, E3a).
+
+        The error bars of poor weights are too small: `labelling.label` takes only states that
+        `gates.trusted` lets through.
 
         Parameters
         ----------
         samples
             From `reconstruct`, K >= 2.
-        keep
-            States to keep, (S,) bool; default: those that `accept` lets through. The others are
-            left out, since a label from poor weights has an error bar that is too small.
         """
-        keep = accept(samples.log_weight) if keep is None else keep
-        log_weight = samples.log_weight[keep]
-        force = mean_force(log_weight, samples.labels[keep])
-        energy = free_energy(log_weight, samples.temperature_K)
-        return cls(
-            samples.beads[keep],
-            force.value,
-            (force.error**2).mean(tuple(range(1, force.error.ndim))),
-            energy.value,
-            energy.error**2,
-        )
+        force = mean_force(samples.log_weight, samples.labels)
+        energy = free_energy(samples.log_weight, samples.temperature_K)
+        return cls.from_estimates(samples.beads, force, energy, PLAIN)
+
+    @classmethod
+    def from_estimates(
+        cls, beads: np.ndarray, force: Estimate, energy: Estimate, origin: str
+    ) -> Labels:
+        """Take estimates of the mean force, and of F on one common scale, with their errors."""
+        components = tuple(range(1, force.error.ndim))
+        variance = (force.error**2).mean(components)
+        return cls(beads, force.value, variance, energy.value, energy.error**2, origin=origin)
 
     @classmethod
     def from_frames(cls, frames: Samples, variance: float | np.ndarray) -> Labels:
@@ -114,7 +130,10 @@ class Labels:
             Of a single label, () or (S,), (eV/Å)²; `label_variance` of samples gives it.
         """
         return cls(
-            frames.beads, frames.labels[:, 0], np.broadcast_to(variance, (len(frames.beads),))
+            frames.beads,
+            frames.labels[:, 0],
+            np.broadcast_to(variance, (len(frames.beads),)),
+            origin=FRAME,
         )
 
     @classmethod
@@ -138,7 +157,7 @@ class Labels:
             As for the class.
         """
         unknown = np.full(len(beads), np.nan)
-        return cls(beads, forces, unknown, boxes=boxes, temperature_K=temperature_K)
+        return cls(beads, forces, unknown, boxes=boxes, temperature_K=temperature_K, origin=FORCE)
 
     @classmethod
     def concatenate(cls, *parts: Labels) -> Labels:
@@ -153,9 +172,8 @@ class Labels:
             return cls(**file)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an npz file."""
-        with open(path, "wb") as file:
-            np.savez(file, **vars(self))
+        """Write an npz file, atomically."""
+        write_npz(path, vars(self))
 
     def __len__(self) -> int:
         return len(self.beads)
@@ -165,25 +183,11 @@ class Labels:
         return Labels(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[Labels, Labels]:
-        """Hold out a random share: training labels, held-out labels."""
-        order = np.random.default_rng(seed).permutation(len(self))
-        n_held_out = max(1, round(fraction * len(self)))
-        return self[np.sort(order[n_held_out:])], self[np.sort(order[:n_held_out])]
-
-
-def accept(
-    log_weight: np.ndarray, *, min_ess: float = 0.3, max_pareto_k: float = 0.7
-) -> np.ndarray:
-    """Gate (theory 5.5): which states have weights good enough for a label, (S,) bool.
-
-    Parameters
-    ----------
-    log_weight
-        l, (S, K).
-    min_ess
-        Least effective sample size, as a fraction.
-    max_pareto_k
-        Largest tail shape; with K < 25 it is unknown and not asked for.
-    """
-    heavy = pareto_k(log_weight, axis=1) > max_pareto_k
-    return (effective_sample_size(log_weight, axis=1) >= min_ess) & ~heavy
+        """Hold out a random share, by whole runs: training labels, held-out labels."""
+        alone = np.isnan(self.run)
+        single = np.nanmax(self.run, initial=0) + 1 + np.arange(len(self))
+        group = np.unique(np.where(alone, single, self.run), return_inverse=True)[1]
+        order = np.random.default_rng(seed).permutation(group.max() + 1)
+        n_held_out = max(1, round(fraction * len(order)))
+        held_out = np.isin(group, order[:n_held_out])
+        return self[~held_out], self[held_out]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from ccg_ase.checkpoint import load_model
 from ccg_ase.energies import bead_energies
@@ -13,8 +15,9 @@ from ccg_ase.forcefield import ForceField
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
+from .buffer import Buffer
 from .describe import held_coordinates
-from .estimators import free_energy, label_variance, mean_force, normalised_weights, typical
+from .estimators import typical
 from .fit_flow import (
     LIKELIHOOD_ONLY,
     FlowFrames,
@@ -27,15 +30,16 @@ from .fit_flow import (
 )
 from .fit_forcefield import FitSettings, fit_force_field
 from .fit_joint import JointSettings, fit_joint
-from .labels import Labels
+from .labels import FRAME, Labels
 from .langevin_sampler import LangevinSampler
 from .progress import Stage
 from .reconstruction import in_own_frame, pull_back_frames
-from .reference import MDANALYSIS_FORCE, ReferenceData
+from .reference import MDANALYSIS_FORCE, ReferenceData, read_npz
 from .reference_beads import ReferenceBeads
 from .relative_entropy import RelativeEntropySettings, minimise_relative_entropy
-from .samples import Samples
 from .stages import Metrics
+from .torsion_surface import FreeEnergy
+from .turn_labels import surface_of_turns
 from .workspace import Workspace
 
 _LOST_NATS = 0.2  # of ln q of held-out frames, on average, that a fit to forces may cost
@@ -87,80 +91,89 @@ def fit_coordinates(workspace: Workspace, stage: Stage) -> Metrics:
     folder, steps = workspace.iteration(0), workspace.config.flow.coordinate_steps
     flow = Backmapper.load(folder / "likelihood.ccg", device=workspace.device)
     terms = FlowLoss.named("coordinate_force")
-    train, held_out = _with_forces(workspace, flow)
+    train, held_out = flow_frames(workspace, flow, 0, None)
     metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, 0, 12)
     workspace.save(folder / "flow.ccg", {"backmapper": flow})
     return metrics
 
 
-def fit_forces_by_torsions(workspace: Workspace, stage: Stage) -> Metrics:
-    """Fit the flow to forces where torsions are the coarse variables.
-
-    There is no force field over torsions, hence no term that needs F(s).
-    """
-    folder, settings = workspace.iteration(0), workspace.config.flow
-    flow = Backmapper.load(folder / "flow.ccg", device=workspace.device)
-    terms = without_free_energy(FlowLoss.named(settings.loss))
-    train, held_out = _with_forces(workspace, flow)
-    metrics = _fit(workspace, stage, flow, train, held_out, terms, settings.force_steps, 0, 3)
-    workspace.save(folder / "model.ccg", {"backmapper": flow})
-    return metrics
-
-
 def fit_forces(workspace: Workspace, stage: Stage, k: int) -> Metrics:
-    """Fit the flow to forces: on frames, and after the first iteration on its own samples."""
+    """Fit the flow to forces: on frames, and after the first iteration on its own samples.
+
+    Terms that need F(s) are left out as long as nothing is known of it: over torsions, before the
+    first labels.
+    """
     folder, settings = workspace.iteration(k), workspace.config.flow
-    if k == 0:
-        flow = Backmapper.load(folder / "flow.ccg", device=workspace.device)
-        stored = load_model(folder / "force_field.ccg", device=workspace.device)
-        force_field = ForceField.from_model(stored)
-    else:
-        before = workspace.model(k - 1)
-        flow, force_field = Backmapper.from_model(before), ForceField.from_model(before)
-    train, held_out = flow_frames(workspace, k, force_field)
-    steps = settings.refit_steps if k else settings.force_steps
+    last = folder / "flow.ccg" if k == 0 else workspace.iteration(k - 1) / "model.ccg"
+    flow = Backmapper.load(last, device=workspace.device)
+    known = free_energy_now(workspace, k)
+    train, held_out = flow_frames(workspace, flow, k, known)
     terms = FlowLoss.named(settings.loss)
+    if known is None:
+        terms = without_free_energy(terms)
+    steps = settings.refit_steps if k else settings.force_steps
     metrics = _fit(workspace, stage, flow, train, held_out, terms, steps, k, 3)
-    if k:
-        workspace.save(folder / "flow.ccg", {"backmapper": flow})
-    else:
-        workspace.save(folder / "model.ccg", {"backmapper": flow, "force_field": force_field})
+    parts: dict[str, nn.Module] = {"backmapper": flow}
+    if not k and not workspace.by_torsions:
+        stored = load_model(folder / "force_field.ccg", device=workspace.device)
+        parts["force_field"] = ForceField.from_model(stored)
+    workspace.save(folder / ("flow.ccg" if k else "model.ccg"), parts)
     return metrics
+
+
+def free_energy_now(workspace: Workspace, k: int) -> FreeEnergy | None:
+    """Return what is known of F(s) once turn k has its labels; None over torsions without any.
+
+    Beads: the force field before the turn, which has a common scale for all frames.
+    """
+    if workspace.by_torsions:
+        return surface_of_turns(workspace, range(1, k + 1))
+    file = ("force_field.ccg", 0) if k == 0 else ("model.ccg", k - 1)
+    stored = load_model(workspace.iteration(file[1]) / file[0], device=workspace.device)
+    return partial(bead_energies, ForceField.from_model(stored))
 
 
 def flow_frames(
-    workspace: Workspace, k: int, force_field: ForceField
+    workspace: Workspace, flow: Backmapper, k: int, known: FreeEnergy | None
 ) -> tuple[FlowFrames, FlowFrames]:
     """Return what the flow of turn k learns from and is judged by: stored frames, own samples.
 
     A tenth of the states of every turn is held out, the same ones in all later turns.
+
+    Parameters
+    ----------
+    workspace, flow
+        The run, and the flow that is to see the frames.
+    k
+        The turn.
+    known
+        F(s) and its slope for the frames, if anything is known of them.
     """
-    train, held_out = (_with_bead_forces(data, force_field) for data in workspace.data)
+    train, held_out = (_frames_of(workspace, flow, data, known) for data in workspace.data)
     for i in range(1, k + 1):
-        samples = Samples.load(workspace.iteration(i) / "samples.npz")
-        own, state = _as_frames(samples, force_field)
-        kept_back = state % 10 == 0
-        train = train.joined(own[~kept_back])
-        if i == 1:  # stored frames alone would stop the fit as soon as it learns anything new
-            held_out = held_out[:: max(1, len(held_out) // max(1, k * kept_back.sum()))]
-        held_out = held_out.joined(own[kept_back])
+        buffer = Buffer.load(workspace.iteration(i) / "buffer.npz")
+        if not len(buffer):
+            continue
+        own = _as_frames(workspace, flow, buffer, known)
+        kept_back = buffer.state % 10 == 0
+        if kept_back.any() and len(held_out) > kept_back.sum():
+            # Stored frames alone would stop the fit as soon as it learns anything new.
+            held_out = held_out[:: len(held_out) // int(kept_back.sum())]
+        train, held_out = train.joined(own[~kept_back]), held_out.joined(own[kept_back])
     return train, held_out
 
 
-def _with_forces(workspace: Workspace, flow: Backmapper) -> list[FlowFrames]:
-    """Return training and held-out frames with their forces, as the flow sees them."""
-    frames = []
-    for data in workspace.data:
-        positions, forces = data.positions, data.forces
-        if workspace.by_torsions:
-            positions, forces = in_own_frame(flow, positions, forces)
-        frames.append(FlowFrames(positions, np.ones(len(positions)), forces))
-    return frames
-
-
-def _with_bead_forces(data: ReferenceData, force_field: ForceField) -> FlowFrames:
-    energy, force = bead_energies(force_field, force_field.cg_map.apply(data.positions))
-    return FlowFrames(data.positions, np.ones(len(data)), data.forces, data.energy, force, energy)
+def _frames_of(
+    workspace: Workspace, flow: Backmapper, data: ReferenceData, known: FreeEnergy | None
+) -> FlowFrames:
+    """Return stored frames as the flow sees them."""
+    positions, forces, energy = data.positions, data.forces, data.energy
+    free_energy = force = None
+    if known is not None:
+        free_energy, force = known(workspace.cg_map.apply(positions))
+    if workspace.by_torsions:
+        positions, forces = in_own_frame(flow, positions, forces)
+    return FlowFrames(positions, np.ones(len(positions)), forces, energy, force, free_energy)
 
 
 def _fit(
@@ -230,6 +243,7 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
                 force_variance * every,
                 single,
                 kt**2 * log_weight_variance * every,
+                origin=FRAME,
             )
         )
         stage.update(sum(map(len, parts)), len(chosen))
@@ -240,11 +254,9 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
 
 def _scatter(workspace: Workspace, k: int) -> tuple[float, float]:
     """Variance at fixed s of a single label, (eV/Å)² or (eV/rad)², and of a log-weight."""
-    if k or workspace.by_torsions:
-        samples = Samples.load(workspace.iteration(k) / "samples.npz")
-        force = typical(label_variance(samples.log_weight, samples.labels))
-        with np.errstate(invalid="ignore"):  # a clash has the log-weight -inf
-            spread = typical(samples.log_weight.var(axis=1))
+    if k:
+        table = read_npz(workspace.iteration(k) / "states.npz")
+        force, spread = (typical(table[n]) for n in ("label_variance", "log_weight_variance"))
         if np.isfinite([force, spread]).all():
             return force, spread
     # Not measured; typical before the last fit (flow_recipe.md, run L5): on the safe side.
@@ -329,7 +341,8 @@ def _fit_joint(
 ) -> Metrics:
     """Fit both models to their joint residual."""
     settings = workspace.config.flow
-    train, held_out = flow_frames(workspace, k, force_field)
+    known = partial(bead_energies, force_field)
+    train, held_out = flow_frames(workspace, flow, k, known)
     labels, held_out_labels = force_field_labels(workspace, k)
     result = fit_joint(
         flow,
@@ -391,30 +404,25 @@ def _minimise_relative_entropy(
     return {f"relative_entropy_{name}": value for name, value in found.items()}
 
 
-def _as_frames(samples: Samples, force_field: ForceField) -> tuple[FlowFrames, np.ndarray]:
-    """Turn samples of the flow into frames whose weights sum to K at every state; and their states.
+def _as_frames(
+    workspace: Workspace, flow: Backmapper, buffer: Buffer, known: FreeEnergy | None
+) -> FlowFrames:
+    """Turn the buffer into frames to fit the flow to.
 
-    The bead force and free energy at a state are what its samples say, not the force field: these
-    states were chosen where it may be wrong. Free energies get the force field's zero.
+    The bead force and free energy at a state are what its samples say, not the model of F: these
+    states were chosen where it may be wrong. Free energies get the model's zero; where they aren't
+    known, the model's own is all there is.
     """
-    n_states, n_samples = samples.energy.shape
-    force = mean_force(samples.log_weight, samples.labels).value
-    energy = free_energy(samples.log_weight, samples.temperature_K).value
-    modelled, _ = bead_energies(force_field, samples.beads)
-    energy = energy + typical(modelled - energy)
-    state = np.repeat(np.arange(n_states), n_samples).reshape(n_states, n_samples)
-    weight = normalised_weights(samples.log_weight) * n_samples
-    use = np.isfinite(samples.energy) & (weight > 1e-3)
-    state = state[use]
-    frames = FlowFrames(
-        samples.positions[use],
-        weight[use],
-        samples.forces[use],
-        samples.energy[use],
-        force[state],
-        energy[state],
-    )
-    return frames, state
+    positions, forces, free_energy, force = buffer.positions, buffer.forces, None, None
+    if workspace.by_torsions:
+        positions, forces = in_own_frame(flow, positions, forces)
+    if known is not None:
+        modelled, _ = known(buffer.beads)
+        labelled = np.isfinite(buffer.free_energy)
+        shift = typical(modelled[labelled] - buffer.free_energy[labelled]) if labelled.any() else 0
+        free_energy = np.where(labelled, buffer.free_energy + shift, modelled)
+        force = buffer.bead_force
+    return FlowFrames(positions, buffer.weight, forces, buffer.energy, force, free_energy)
 
 
 def _show_terms(stage: Stage) -> ProgressCallback:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 ROUND_TRIP_TOLERANCE_A = 1e-4
 
 
+class FrameNotCoveredError(ValueError):
+    """A frame lies where the backmapper has no density."""
+
+
 def reconstruct(
     backmapper: nn.Module,
     potential: Potential,
@@ -151,8 +155,8 @@ def pull_back_frames(
 
     Raises
     ------
-    ValueError
-        If the backmapper doesn't return a frame from its own noise: the flow doesn't cover it.
+    FrameNotCoveredError
+        If the backmapper doesn't return a frame from its own noise.
     """
     positions, forces = in_own_frame(backmapper, positions, forces)
     x = _float64(positions, backmapper)
@@ -165,7 +169,7 @@ def pull_back_frames(
             error = (distribution.positions_from(noise[-1]) - x[part]).abs().amax((-1, -2))
             worst = int(error.nan_to_num(torch.inf).argmax())
             if not error[worst] <= ROUND_TRIP_TOLERANCE_A:
-                raise ValueError(
+                raise FrameNotCoveredError(
                     f"frame {part.start + worst} comes back from its noise {error[worst]:.1e} Å "
                     "off: the backmapper doesn't cover it (another molecule, mirror image or "
                     "broken frame); leave it out, or train the flow on it"

@@ -61,12 +61,28 @@ class Samples:
     @classmethod
     def concatenate(cls, *parts: Samples) -> Samples:
         """Join the states of parts that one backmapper made."""
-        arrays = {
-            f.name: np.concatenate([getattr(part, f.name) for part in parts])
-            for f in fields(cls)
-            if isinstance(getattr(parts[0], f.name), np.ndarray)
-        }
+        every = [part._arrays() for part in parts]
+        arrays = {name: np.concatenate([one[name] for one in every]) for name in every[0]}
         return replace(parts[0], **arrays, n_calls=sum(part.n_calls for part in parts))
+
+    def __getitem__(self, states: np.ndarray | slice) -> Samples:
+        """Return the samples of some states; their share of `n_calls` with them."""
+        arrays = {name: array[states] for name, array in self._arrays().items()}
+        return replace(self, **arrays, n_calls=arrays["energy"].size)
+
+    def with_more(self, others: Samples) -> Samples:
+        """Return the samples at the same states together with others there."""
+        mine, theirs = self._arrays(), others._arrays()
+        arrays = {
+            name: np.concatenate([mine[name], theirs[name]], axis=1)
+            for name in mine
+            if name != "beads"
+        }
+        return replace(self, **arrays, n_calls=self.n_calls + others.n_calls)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an NPZ file, atomically."""

@@ -174,11 +174,11 @@ def data_from_config(
     config: Config, directory: Path, tick: Tick | None
 ) -> tuple[ReferenceData, int]:
     """Make what the [reference] section asks for; data and energy calls."""
-    from .system import mapping_of, potential_of
+    from .system import mapping_of, openmm_potential_of
 
     settings = config.reference
     return data_from_structure(
-        potential_of(config),
+        openmm_potential_of(config),
         mapping_of(config),
         read_structure(config.system.topology).atoms.positions,
         config.system.temperature_K,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .config import Config, Cycle
+from .config import Config
 from .config import Stop as Settings
 from .stages import Metrics
 
@@ -36,8 +36,11 @@ def seconds_spent(records: list[Metrics], turn: int | None = None) -> float:
     return sum(r["seconds"] for r in records if turn is None or r["iteration"] == turn)
 
 
-def reserved_calls(settings: Cycle) -> int:
+def reserved_calls(config: Config) -> int:
     """Return the energy calls that the stages after the loop take."""
+    settings = config.cycle
+    if config.mapping.torsions:
+        return 0
     held_out = (settings.n_held_out + settings.n_held_out // 3) * settings.n_held_out_samples
     return settings.n_report * settings.n_report_samples + held_out
 
@@ -47,7 +50,7 @@ def calls_left(config: Config, records: list[Metrics]) -> int | None:
     limit = config.stop.max_calls
     if limit is None:
         return None
-    return max(0, limit - calls_spent(records) - reserved_calls(config.cycle))
+    return max(0, limit - calls_spent(records) - reserved_calls(config))
 
 
 def stop(config: Config, records: list[Metrics], k: int) -> Stop | None:
@@ -79,7 +82,7 @@ def stop(config: Config, records: list[Metrics], k: int) -> Stop | None:
         return Stop(
             "energy calls",
             f"{calls_spent(records)} of {settings.max_calls} energy calls were spent and "
-            f"{reserved_calls(cycle)} are kept for the final check",
+            f"{reserved_calls(config)} are kept for the final check",
         )
     if settings.max_hours is not None:
         spent = seconds_spent(records)
@@ -121,7 +124,7 @@ def _no_gain(settings: Settings, turns: list[Metrics]) -> Stop | None:
     recent = turns[-settings.patience :]
     if len(recent) < settings.patience:
         return None
-    gains = [max(turn["flow_gain_nats"], turn["force_field_gain"]) for turn in recent]
+    gains = [max(turn["flow_gain_nats"], turn["force_field_gain"] or 0.0) for turn in recent]
     if max(gains) >= _LEAST_GAIN:
         return None
     return Stop(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from MDAnalysis import Universe
 
     from ccg_mda.placement import Placement
-    from ccg_mda.potential import CheckedPotential
+    from ccg_mda.potential import CheckedPotential, OpenMMPotential
 
 
 def universe_of(config: Config) -> Universe:
@@ -67,10 +67,9 @@ def potential_of(config: Config) -> CheckedPotential:
         If there is no such device, or torch is asked for and can't.
     """
     from ccg_mda.parallel_potential import ParallelPotential, usable_cores
-    from ccg_mda.potential import OpenMMPotential
     from ccg_mda.torch_potential import TorchSystemPotential
 
-    openmm = OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
+    openmm = openmm_potential_of(config)
     device, evaluate = available(config.run.device), config.potential.evaluate
     if evaluate == "torch":
         return TorchSystemPotential.from_system(openmm.system, device=device)
@@ -81,6 +80,13 @@ def potential_of(config: Config) -> CheckedPotential:
             warnings.warn(f"energies come from OpenMM on the CPU: {error}", stacklevel=2)
     workers = config.run.workers or max(1, usable_cores() // processes_here())
     return ParallelPotential(openmm, workers)
+
+
+def openmm_potential_of(config: Config) -> OpenMMPotential:
+    """Return the OpenMM System of the [potential] section, for dynamics."""
+    from ccg_mda.potential import OpenMMPotential
+
+    return OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
 
 
 def first_config(topology: Path, forcefield: list[str] | None, folder: Path) -> Config:

@@ -9,6 +9,8 @@ slopes are derivative observations (Rasmussen and Williams, Gaussian Processes f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
@@ -16,10 +18,14 @@ from ccg_ase.units import thermal_energy
 
 from .labels import Labels
 
+FreeEnergy = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From states (N, ...) to F in eV, (N,), and the mean force -∂F/∂s in eV per their unit."""
+
 _ZERO_kT = 100.0  # width of the prior of the constant
 _LENGTHS = np.geomspace(0.25, 2.0, 13)  # tried for l, in rad
 _JITTER = 1e-9
 _MOST_LABELS = 1500  # a matrix of some thousand rows is factorised in seconds
+_AT_ONCE = 2000
 
 
 class TorsionSurface:
@@ -29,7 +35,7 @@ class TorsionSurface:
     ----------
     labels
         At torsions (L, n_torsions); those with a free energy give values and slopes, the others
-        slopes. At most 1500 are used, evenly.
+        slopes. At most 1500 are used: the former first, each kind evenly.
     temperature_K
         Of the labels.
 
@@ -42,19 +48,18 @@ class TorsionSurface:
     def __init__(self, labels: Labels, temperature_K: float) -> None:
         if not np.isfinite(labels.free_energy).any():
             raise ValueError("no label has a free energy: a surface of F needs some")
-        some = np.linspace(0, len(labels) - 1, min(len(labels), _MOST_LABELS)).astype(int)
-        labels, self._kT = labels[some], thermal_energy(temperature_K)
+        labels, self.kT = labels[_most_telling(labels)], thermal_energy(temperature_K)
         known = np.isfinite(labels.free_energy)
         self._at, self._slopes_at = labels.beads[known], labels.beads
         self._zero = float(labels.free_energy[known].mean())
-        values = (labels.free_energy[known] - self._zero) / self._kT
-        slopes = -labels.force.T.ravel() / self._kT
+        values = (labels.free_energy[known] - self._zero) / self.kT
+        slopes = -labels.force.T.ravel() / self.kT
         variance = np.nan_to_num(labels.force_variance, nan=np.nanmean(labels.force_variance))
         noise = np.concatenate(
             [labels.free_energy_variance[known], np.tile(variance, labels.beads.shape[1])]
         )
         self._observed = np.concatenate([values, slopes])
-        self._noise = noise / self._kT**2 + _JITTER
+        self._noise = noise / self.kT**2 + _JITTER
         self._fit()
 
     def _fit(self) -> None:
@@ -106,6 +111,12 @@ class TorsionSurface:
             rows.append(row)
         return np.block(rows)
 
+    def __call__(self, torsions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return F in eV, (N,), and the mean force -∂F/∂s in eV/rad, (N, n_torsions)."""
+        parts = np.array_split(torsions, max(1, len(torsions) // _AT_ONCE))
+        values = np.concatenate([self.free_energy(part)[0] for part in parts])
+        return values, np.concatenate([self.mean_force(part) for part in parts])
+
     def free_energy(self, torsions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return F and its standard deviation in eV, each (N,), at torsions (N, n_torsions).
 
@@ -117,12 +128,12 @@ class TorsionSurface:
         mean = cross @ self._solved
         explained = solve_triangular(self._factor[0], cross.T, lower=True)
         variance = self.amplitude + _ZERO_kT**2 - (explained**2).sum(0)
-        return self._kT * mean + self._zero, self._kT * np.sqrt(np.maximum(variance, 0.0))
+        return self.kT * mean + self._zero, self.kT * np.sqrt(np.maximum(variance, 0.0))
 
     def mean_force(self, torsions: np.ndarray) -> np.ndarray:
         """Return -∂F/∂s in eV/rad, (N, n_torsions), at torsions of that shape."""
         cross = self._covariance(torsions[:0], torsions, self._at, self._slopes_at)
-        return -self._kT * (cross @ self._solved).reshape(torsions.shape[1], -1).T
+        return -self.kT * (cross @ self._solved).reshape(torsions.shape[1], -1).T
 
     def most_uncertain(
         self, candidates: np.ndarray, n_states: int, highest_kT: float
@@ -148,7 +159,7 @@ class TorsionSurface:
             Indices of the candidates, in the order of choice.
         """
         F, deviation = self.free_energy(candidates)
-        low = (F - 2 * deviation - F.min()) / self._kT <= highest_kT
+        low = (F - 2 * deviation - F.min()) / self.kT <= highest_kT
         (index,) = np.nonzero(low)
         at, none = candidates[index], candidates[:0]
         cross = self._covariance(at, none, self._at, self._slopes_at)
@@ -164,3 +175,14 @@ class TorsionSurface:
             variance[[*chosen, best]] = -np.inf
             chosen.append(best)
         return index[chosen]
+
+
+def _most_telling(labels: Labels) -> np.ndarray:
+    """Choose labels of F and, as far as there is room, of slopes alone; ascending indices."""
+    known = np.isfinite(labels.free_energy)
+    chosen, room = [], _MOST_LABELS
+    for kind in (np.flatnonzero(known), np.flatnonzero(~known)):
+        some = np.linspace(0, len(kind) - 1, min(len(kind), room)).astype(int)
+        chosen.append(kind[some])
+        room -= len(some)
+    return np.sort(np.concatenate(chosen))

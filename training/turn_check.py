@@ -9,6 +9,7 @@ one goes on: a turn can't make what is deployed worse.
 from __future__ import annotations
 
 import numpy as np
+from torch import nn
 
 from ccg_ase.checkpoint import load_model
 from ccg_ase.forcefield import ForceField
@@ -21,6 +22,8 @@ from .learning import MOST_NATS, flow_frames, force_field_labels
 from .progress import Stage
 from .stages import Metrics
 from .stopping import calls_spent, seconds_spent
+from .torsion_surface import TorsionSurface
+from .turn_labels import surface_of_turns
 from .workspace import Workspace
 
 
@@ -30,47 +33,43 @@ def check_turn(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     Returns
     -------
     dict
-        ``new_force_error`` (eV/Å) and ``new_F_error_kT`` of the force field before the turn, at
-        the states labelled in it; ``flow_gain_nats`` per held-out frame; ``force_field_gain``, the
-        share of its loss on held-out labels (less the noise of these) that is gone;
-        ``flow_from``, ``force_field_from``: the turn whose model is kept; and ``told``.
+        ``new_force_error`` (eV/Å; eV/rad) and ``new_F_error_kT`` of what was known of F before the
+        turn, at the states labelled in it; ``flow_gain_nats`` per held-out frame;
+        ``force_field_gain``, the share of its loss on held-out labels (less the noise of these)
+        that is gone, None over torsions; and ``told``. A gain that isn't positive means that the
+        model before is kept.
     """
     folder = workspace.iteration(k)
-    before, flow_after, ff_after = (
+    labels = Labels.load(folder / "labels.npz")
+    before, after = (
         load_model(path, device=workspace.device)
-        for path in (
-            workspace.iteration(k - 1) / "model.ccg",
-            folder / "flow.ccg",
-            folder / "force_field.ccg",
-        )
+        for path in (workspace.iteration(k - 1) / "model.ccg", folder / "flow.ccg")
     )
-    force_fields = [ForceField.from_model(model) for model in (before, ff_after)]
-    flows = [Backmapper.from_model(model) for model in (before, flow_after)]
-    test = _new_states(force_fields[0], Labels.load(folder / "labels.npz"))
-    stage.update(1, 3)
-
-    _, judged = force_field_labels(workspace, k)
-    old, new = (evaluate_force_field(model, judged) for model in force_fields)
-    excess = [max(figures["loss"] - figures["loss_noise"], 0.0) for figures in (old, new)]
-    force_field_gain = 1.0 - excess[1] / excess[0] if excess[0] > 0 else 0.0
-    stage.update(2, 3)
-
-    _, held_out = flow_frames(workspace, k, force_fields[0])
+    flows = [Backmapper.from_model(model) for model in (before, after)]
+    _, held_out = flow_frames(workspace, flows[0], k, None)
     nll = [frame_nll(flow, held_out.positions) for flow in flows]
     gain = np.clip(nll[0] - nll[1], -MOST_NATS, MOST_NATS)
     flow_gain = float(np.average(gain, weights=held_out.weight))
-
-    kept_flow = flows[1] if flow_gain > 0 else flows[0]
-    kept_force_field = force_fields[1] if force_field_gain > 0 else force_fields[0]
-    workspace.save(folder / "model.ccg", {"backmapper": kept_flow, "force_field": kept_force_field})
-    stage.update(3, 3)
-    return test | {
-        "flow_gain_nats": flow_gain,
-        "force_field_gain": force_field_gain,
-        "flow_kept": kept_flow is flows[1],
-        "force_field_kept": kept_force_field is force_fields[1],
-        "told": _told(flow_gain, force_field_gain, len(held_out), len(judged)),
-    }
+    parts: dict[str, nn.Module] = {"backmapper": flows[flow_gain > 0]}
+    told = [_of_flow(flow_gain, len(held_out))]
+    found: Metrics = {"flow_gain_nats": flow_gain, "force_field_gain": None}
+    stage.update(1, 2)
+    if workspace.by_torsions:
+        found |= _errors_of_surface(surface_of_turns(workspace, range(1, k)), labels)
+    else:
+        after = load_model(folder / "force_field.ccg", device=workspace.device)
+        force_fields = [ForceField.from_model(model) for model in (before, after)]
+        found |= _errors_of_force_field(force_fields[0], labels)
+        _, judged = force_field_labels(workspace, k)
+        old, new = (evaluate_force_field(model, judged) for model in force_fields)
+        excess = [max(figures["loss"] - figures["loss_noise"], 0.0) for figures in (old, new)]
+        gained = 1.0 - excess[1] / excess[0] if excess[0] > 0 else 0.0
+        parts["force_field"] = force_fields[gained > 0]
+        found["force_field_gain"] = gained
+        told.append(_of_force_field(gained, len(judged)))
+    workspace.save(folder / "model.ccg", parts)
+    stage.update(2, 2)
+    return found | {"told": "; ".join(told)}
 
 
 def turn_row(records: list[Metrics], k: int) -> dict[str, str]:
@@ -88,7 +87,7 @@ def turn_row(records: list[Metrics], k: int) -> dict[str, str]:
         "F off by (kT)": text(check["new_F_error_kT"], ".2f"),
         "force off by (eV/Å)": text(check["new_force_error"], ".3f"),
         "flow gained (nats)": f"{check['flow_gain_nats']:.3f}",
-        "force field gained": f"{check['force_field_gain']:.0%}",
+        "force field gained": text(check["force_field_gain"], ".0%"),
         "calls so far": f"{calls_spent(upto(records, k)):,}".replace(",", " "),
         "minutes": f"{seconds_spent(records, k) / 60:.1f}",
     }
@@ -102,9 +101,27 @@ def upto(records: list[Metrics], k: int) -> list[Metrics]:
     return records[: last + 1]
 
 
-def _new_states(force_field: ForceField, labels: Labels) -> dict[str, float | None]:
-    """Return the errors of a force field at states that it hasn't learnt from; None: no labels."""
-    figures: dict[str, float | None] = {"new_force_error": None, "new_F_error_kT": None}
+def _errors_of_surface(surface: TorsionSurface | None, labels: Labels) -> Metrics:
+    """Return the rms errors of a surface at labels that it hasn't seen, their noise taken off."""
+    known = np.isfinite(labels.free_energy)
+    if surface is None or known.sum() < 2:
+        return {"new_force_error": None, "new_F_error_kT": None}
+    labels = labels[known]
+    F, force = surface(labels.beads)
+    apart = F - labels.free_energy
+    weight = 1 / (labels.free_energy_variance + (0.1 * surface.kT) ** 2)
+    apart = apart - np.average(apart, weights=weight)
+    square = np.average(apart**2 - labels.free_energy_variance, weights=weight)
+    slope = np.mean((force - labels.force) ** 2 - labels.force_variance[:, None])
+    return {
+        "new_force_error": float(np.sqrt(max(slope, 0.0))),
+        "new_F_error_kT": float(np.sqrt(max(square, 0.0))) / surface.kT,
+    }
+
+
+def _errors_of_force_field(force_field: ForceField, labels: Labels) -> Metrics:
+    """Return the errors of a force field at labels that it hasn't learnt from; None: no labels."""
+    figures: Metrics = {"new_force_error": None, "new_F_error_kT": None}
     if not len(labels):
         return figures
     found = evaluate_force_field(force_field, labels)
@@ -115,22 +132,18 @@ def _new_states(force_field: ForceField, labels: Labels) -> dict[str, float | No
     return figures
 
 
-def _told(flow_gain: float, force_field_gain: float, n_frames: int, n_labels: int) -> str:
-    """Say what the turn brought, or why nothing."""
-    parts = []
-    if flow_gain > 0:
-        parts.append(f"the flow gained {flow_gain:.3f} nats per frame ({n_frames} held out)")
-    else:
-        parts.append(
-            f"the flow stays as it was: after the fit {n_frames} held-out frames had "
-            f"{-flow_gain:.3f} nats less"
-        )
-    if force_field_gain > 0:
-        parts.append(
-            f"the force field lost {force_field_gain:.0%} of its loss on {n_labels} held-out labels"
-        )
-    else:
-        parts.append(
-            f"the force field stays as it was: its loss on {n_labels} held-out labels didn't fall"
-        )
-    return "; ".join(parts)
+def _of_flow(gain: float, n_frames: int) -> str:
+    """Say what the turn brought to the flow, or why nothing."""
+    if gain > 0:
+        return f"the flow gained {gain:.3f} nats per frame ({n_frames} held out)"
+    return (
+        f"the flow stays as it was: after the fit {n_frames} held-out frames had {-gain:.3f} nats "
+        "less"
+    )
+
+
+def _of_force_field(gain: float, n_labels: int) -> str:
+    """Say what the turn brought to the force field, or why nothing."""
+    if gain > 0:
+        return f"the force field lost {gain:.0%} of its loss on {n_labels} held-out labels"
+    return f"the force field stays as it was: its loss on {n_labels} held-out labels didn't fall"

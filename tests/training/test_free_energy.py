@@ -151,7 +151,7 @@ def test_bins_that_fail_the_gate_are_never_used(tmp_path):
             return energy + np.where((phi > 0) & (length > LENGTH_MOST), 0.6, 0.0), forces
 
     LENGTH_MOST = 1.5 - 1.9 * np.sqrt(KT / 12.0)
-    of, sampled, _, settings = direct(tmp_path, potential=Jumping())
+    of, _, _, settings = direct(tmp_path, potential=Jumping())
     right = GRID.centres[:, 0] > 0
     bad = right & of.doubtful
     assert bad.sum() > 10
@@ -284,7 +284,9 @@ def test_interrupted_windows_end_in_the_same_bits(beads_grid, tmp_path):
     start = MOLECULE.cg_map.apply(MOLECULE.x0)
 
     def run(folder, tick=None):
-        return run_windows(GaussianBeads(MOLECULE, 4), start, beads_grid, folder, settings, tick=tick)
+        return run_windows(
+            GaussianBeads(MOLECULE, 4), start, beads_grid, folder, settings, tick=tick
+        )
 
     whole = run(tmp_path / "whole")
 

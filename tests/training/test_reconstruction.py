@@ -140,9 +140,13 @@ def test_labels_of_any_map_can_be_averaged_saved_and_joined(flow, potential, fra
     parts = [reconstruct(flow, potential, states[k : k + 1], 4, rng) for k in range(3)]
     whole = Samples.concatenate(*parts)
     assert whole.n_calls == 12
+    twice = whole[np.array([2, 0])].with_more(parts[2].with_more(parts[2])[[0, 0]])
+    assert twice.n_calls == twice.energy.size == 24
+    np.testing.assert_array_equal(twice.energy[0], np.tile(parts[2].energy[0], 3))
+    np.testing.assert_array_equal(twice.beads[0], states[2])
     whole.save(tmp_path / "samples.npz")
     assert Samples.load(tmp_path / "samples.npz").cg_map == flow.cg_map
-    labels = Labels.from_samples(whole, np.ones(3, bool))
+    labels = Labels.from_samples(whole)
     assert labels.force.shape == (3, *flow.cg_map.coarse_shape)
     assert label_variance(whole.log_weight, whole.labels).shape == (3,)
     labels.save(tmp_path / "labels.npz")

@@ -8,13 +8,14 @@ from ase.calculators.calculator import CalculatorSetupError
 from MDAnalysis.lib import distances
 
 from ccg_ase.calculator import CGCalculator
+from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
 from ccg_ase.mapping import CGMap
 from ccg_ase.topology import Topology
 from ccg_ase.torsion_map import dihedral_angles
 from ccg_ase.units import thermal_energy
 from ccg_training.sampling import ase_bead_dynamics
-from ccg_training.states import choose_states, internal_coordinates
+from ccg_training.states import choose_states, committee_spread, internal_coordinates
 
 KT = thermal_energy(300.0)
 
@@ -199,6 +200,57 @@ def test_rare_basin_gets_its_share():
     # What has labels already isn't asked for again.
     informed = choose_states(x, 60, topology, labelled=x[rare])
     assert rare[informed].sum() < 0.5 * rare[choose_states(x, 60, topology)].sum()
+
+
+def test_uncertain_states_follow_spread_times_density():
+    """Shares of three groups, by how often they were visited times how uncertain they are."""
+    rng = np.random.default_rng(5)
+    topology, n = chain(4), 6000
+    x, _ = two_basins(n, 0.2, rng)
+    group = np.digitize(rng.random(n), [0.6, 0.9])
+    spread = np.array([1.0, 2.0, 6.0])[group]
+    shares = np.array([0.6, 0.6, 0.6]) / 1.8
+    found = np.zeros(3)
+    for seed in range(20):
+        chosen = choose_states(
+            x, 60, topology, uncertain=1.0, diverse=0.0, spread=spread, seed=seed
+        )
+        assert len(np.unique(chosen)) == 60
+        found += np.bincount(group[chosen], minlength=3)
+    assert np.abs(found / found.sum() - shares).max() < 4 * np.sqrt(shares[0] * 0.67 / 1200)
+    # One member tells nothing: farthest points instead, as many.
+    same = {"uncertain": 0.5, "diverse": 0.25, "seed": 3}
+    np.testing.assert_array_equal(
+        choose_states(x, 40, topology, **same), choose_states(x, 40, topology, diverse=0.75, seed=3)
+    )
+    certain = np.where(np.arange(n) < 10, 1.0, 0.0)
+    chosen = choose_states(x, 20, topology, uncertain=0.5, diverse=0.0, spread=certain)
+    assert (chosen < 10).sum() >= 10
+    for wrong in ({"uncertain": 0.6, "diverse": 0.6}, {"uncertain": 0.5, "spread": -spread}):
+        with pytest.raises(ValueError, match=r"at most 1 together|aren't negative"):
+            choose_states(x, 20, topology, **wrong)
+
+
+def test_spread_of_a_committee(ala2_map, ala2_beads):
+    """Against the calculator, one state at a time; none from a single member."""
+    members = []
+    for seed in (1, 2, 3):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            members.append(ForceField.from_data(ala2_map, 300.0, ala2_beads, channels=4))
+            torch.nn.init.normal_(members[-1].members[0].out.weight, std=0.3)
+    assert committee_spread(members[0], ala2_beads) is None
+    committee = ForceField.committee(members)
+    states = ala2_beads[:12]
+    energies = np.array([bead_energies(member, states)[0] for member in members])
+    energy = (energies - energies.mean(1, keepdims=True)).std(0)
+    calculator = CGCalculator(committee, compiled=False)
+    atoms, force = calculator.atoms(), []
+    for beads in states:
+        atoms.positions = beads
+        force.append(np.sqrt((calculator.spread(atoms)["forces"] ** 2).mean()))
+    expected = (energy / energy.mean() + force / np.mean(force)) / 2
+    np.testing.assert_allclose(committee_spread(committee, states), expected, rtol=1e-3)
 
 
 def test_farthest_points_spread_evenly():

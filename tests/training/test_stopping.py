@@ -71,7 +71,7 @@ def test_turns_without_gain_end_it_after_patience():
 
 def test_calls_are_kept_for_the_final_check():
     config = configured(max_calls=130_000)
-    reserved = reserved_calls(config.cycle)
+    reserved = reserved_calls(config)
     assert reserved == 2000 * 8 + 133 * 200
     assert calls_left(configured(), START) is None
     assert calls_left(config, START) == 0

@@ -61,6 +61,11 @@ n_frame_labels = 100
 n_report = 20
 n_report_samples = 4
 n_held_out = 5
+n_checked = 5
+max_calls_per_turn = 200
+restrained_ps = 0.04
+restrained_every_fs = 4
+steering_ps = 0.01
 [run]
 directory = "run"
 threads = 1

@@ -1,0 +1,177 @@
+"""The stage that labels new states: which ones, and how where plain weights can't be trusted."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ccg_ase.energies import bead_energies
+from ccg_ase.forcefield import ForceField
+from ccg_mda.flow import Backmapper
+
+from . import evaluation
+from .labelling import LabelSettings, label
+from .progress import Stage
+from .reference import ReferenceData, write_npz
+from .restrained import restrained_frames
+from .restrained_labels import Restraint
+from .stages import Metrics
+from .states import choose_states, committee_spread
+from .system import openmm_potential_of
+from .torsion_surface import FreeEnergy, TorsionSurface
+from .turn_labels import labels_of_turns, surface_of_turns
+from .workspace import Workspace
+
+_CANDIDATES = 4000  # torsions among which those worth a label are sought
+
+
+def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | None) -> Metrics:
+    """Choose states worth labelling in turn k, and label them (E2, E3, E4, E7).
+
+    Writes labels, the buffer of frames, and a table of all states that were tried.
+
+    Parameters
+    ----------
+    workspace, stage, k
+        The run, where progress is shown, the turn.
+    max_calls
+        Energy calls that are left to it; None: no limit.
+    """
+    settings, folder = workspace.config.cycle, workspace.iteration(k)
+    known = free_energy_before(workspace, k)
+    states = (
+        _torsion_states(workspace, k, known)
+        if workspace.by_torsions
+        else _states(workspace, stage, k)
+    )
+    limits = [limit for limit in (max_calls, settings.max_calls_per_turn) if limit is not None]
+    found = label(
+        Backmapper.from_model(workspace.model(k - 1)),
+        workspace.potential,
+        states,
+        folder / "labelling",
+        LabelSettings(
+            n_samples=settings.n_samples,
+            gates=settings.gates,
+            n_checked=settings.n_checked,
+            max_calls=min(limits, default=None),
+            seed=workspace.seed(k, 9),
+        ),
+        held_out=workspace.data[1],
+        restraint=_restraint(workspace),
+        guess=None if known is None else lambda s: known(s)[1],
+        progress=stage.update,
+    )
+    found.labels.save(folder / "labels.npz")
+    found.buffer.save(folder / "buffer.npz")
+    write_npz(folder / "states.npz", found.table)
+    stage.update(note=f"{stage.note} {found.told()}".strip())
+    return found.figures()
+
+
+def free_energy_before(workspace: Workspace, k: int) -> FreeEnergy | None:
+    """Return what was known of F(s) before turn k: the force field, or a surface over torsions.
+
+    None for torsions without a label of F.
+    """
+    if workspace.by_torsions:
+        return surface_of_turns(workspace, range(1, k))
+    return partial(bead_energies, ForceField.from_model(workspace.model(k - 1)))
+
+
+def _states(workspace: Workspace, stage: Stage, k: int) -> np.ndarray:
+    """Choose among the bead states that dynamics led to, those of hotter rungs included."""
+    settings, folder = workspace.config.cycle, workspace.iteration(k) / "dynamics"
+    visited = [
+        evaluation.dcd_frames(path)
+        for path in (folder / "beads.dcd", folder / "hot.dcd")
+        if path.exists()
+    ]
+    visited = np.concatenate(visited)
+    spread = committee_spread(ForceField.from_model(workspace.model(k - 1)), visited)
+    if spread is None and settings.uncertain:
+        stage.update(note="the force field has one member: diverse states instead of uncertain")
+    labelled = labels_of_turns(workspace, range(1, k))
+    chosen = choose_states(
+        visited,
+        min(settings.n_states, len(visited)),
+        workspace.cg_map.beads,
+        diverse=settings.diverse,
+        uncertain=settings.uncertain,
+        spread=spread,
+        labelled=None if labelled is None else labelled.beads,
+        seed=workspace.seed(k, 8),
+    )
+    return visited[chosen]
+
+
+def _torsion_states(workspace: Workspace, k: int, known: TorsionSurface | None) -> np.ndarray:
+    """Choose torsions: anywhere, since no dynamics has to lead there.
+
+    Without a surface yet, some of the frames. Later, as few of the frames as [cycle] wants by
+    population, and for the rest those where a label tells most about F.
+    """
+    settings, seed = workspace.config.cycle, workspace.seed(k, 8)
+    visited = workspace.cg_map.apply(workspace.data[0].positions)
+    n_states = min(settings.n_states, len(visited))
+    elsewhere = settings.diverse + settings.uncertain
+    n_new = round(elsewhere * n_states) if known is not None else 0
+    chosen = (
+        choose_states(
+            visited,
+            n_states - n_new,
+            None,
+            diverse=0.0 if n_new else elsewhere,
+            seed=seed,
+        )
+        if n_new < n_states
+        else []
+    )
+    if not n_new:
+        return visited[chosen]
+    rng = np.random.default_rng(seed)
+    candidates = rng.uniform(-np.pi, np.pi, (_CANDIDATES, visited.shape[1]))
+    new = known.most_uncertain(candidates, n_new, settings.highest_kT)
+    return np.concatenate([visited[chosen], candidates[new]])
+
+
+def _restraint(workspace: Workspace) -> Restraint | None:
+    """Return restrained dynamics from the stored frames; None where none are wanted."""
+    settings, reference = workspace.config.cycle, workspace.config.reference
+    if not settings.restrained_ps:
+        return None
+    potential = openmm_potential_of(workspace.config)
+    steps, every, steering, equilibration = (
+        round(time / reference.timestep_fs)
+        for time in (
+            1e3 * settings.restrained_ps,
+            settings.restrained_every_fs,
+            1e3 * settings.steering_ps,
+            1e3 * settings.steering_ps,
+        )
+    )
+
+    def run(
+        targets: np.ndarray, starts: np.ndarray, folder: Path, seed: int
+    ) -> tuple[ReferenceData | None, int]:
+        found = restrained_frames(
+            potential,
+            workspace.cg_map,
+            targets,
+            starts,
+            workspace.temperature_K,
+            folder,
+            n_steps=steps - steps % every,
+            save_every=every,
+            steering_steps=steering,
+            equilibration_steps=equilibration,
+            timestep_fs=reference.timestep_fs,
+            workers=reference.walkers,
+            seed=seed,
+        )
+        return found.data, found.n_calls
+
+    calls = steering + equilibration + steps + steps // every
+    return Restraint(run, calls, workspace.data[0].positions)
