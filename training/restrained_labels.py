@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -35,15 +36,16 @@ class Restraint:
     ----------
     run
         Called with targets (S, ...), starts (S, n_atoms, 3) in Å, a folder of its own and a seed;
-        returns frames whose `walker` is the place of their state among the targets, and the energy
-        calls that it took. Frames are samples of p(x|s) at their own s.
+        returns frames, whose `walker` is the place of their state among the targets, or None if
+        all runs failed; the energy calls that it took; and anything else. Frames are samples of
+        p(x|s) at their own s. A state may have none.
     calls_per_state
         Most calls that it takes per state.
     frames
         Structures that runs can start from, (N, n_atoms, 3), Å.
     """
 
-    run: Callable[[np.ndarray, np.ndarray, Path, int], tuple[ReferenceData, int]]
+    run: Callable[[np.ndarray, np.ndarray, Path, int], tuple[Any, ...]]
     calls_per_state: int
     frames: np.ndarray
 
