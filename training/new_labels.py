@@ -14,8 +14,8 @@ from ccg_mda.flow import Backmapper
 from . import evaluation
 from .labelling import LabelSettings, label
 from .progress import Stage
-from .reference import ReferenceData, write_npz
-from .restrained import restrained_frames
+from .reference import write_npz
+from .restrained import RestrainedFrames, restrained_frames
 from .restrained_labels import Restraint
 from .stages import Metrics
 from .states import choose_states, committee_spread
@@ -153,10 +153,8 @@ def _restraint(workspace: Workspace) -> Restraint | None:
         )
     )
 
-    def run(
-        targets: np.ndarray, starts: np.ndarray, folder: Path, seed: int
-    ) -> tuple[ReferenceData | None, int]:
-        found = restrained_frames(
+    def run(targets: np.ndarray, starts: np.ndarray, folder: Path, seed: int) -> RestrainedFrames:
+        return restrained_frames(
             potential,
             workspace.cg_map,
             targets,
@@ -171,7 +169,6 @@ def _restraint(workspace: Workspace) -> Restraint | None:
             workers=reference.walkers,
             seed=seed,
         )
-        return found.data, found.n_calls
 
     calls = steering + equilibration + steps + steps // every
     return Restraint(run, calls, workspace.data[0].positions)

@@ -210,12 +210,15 @@ class _Work:
             return
         states, seed = self.states[index], int(self.rng.integers(2**31))
         starts = restraint.starts(states, flow.cg_map)
-        data, n_calls = restraint.run(states, starts, folder, seed)
+        data, n_calls, *_ = restraint.run(states, starts, folder, seed)
         self._spend(RESTRAINED, n_calls)
         if data is None:
             return
         for place, state in enumerate(index):
-            found = label_run(flow, data[data.walker == place], self.tools.guess, state)
+            own = data.walker == place
+            if not own.any():
+                continue  # its run failed
+            found = label_run(flow, data[own], self.tools.guess, state)
             if found is not None:
                 self.verdict[state] = RESTRAINED
                 self.labels.append(found[0])

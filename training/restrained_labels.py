@@ -21,6 +21,7 @@ from .buffer import Buffer
 from .labels import RESTRAINED, Labels
 from .reconstruction import FrameNotCoveredError, pull_back_frames
 from .reference import ReferenceData
+from .restrained import RestrainedFrames
 from .states import state_features
 
 _BLOCKS = 5  # that the frames of a run are cut into
@@ -35,15 +36,14 @@ class Restraint:
     ----------
     run
         Called with targets (S, ...), starts (S, n_atoms, 3) in Å, a folder of its own and a seed;
-        returns frames whose `walker` is the place of their state among the targets, and the energy
-        calls that it took. Frames are samples of p(x|s) at their own s; None if all runs failed.
+        frames are samples of p(x|s) at their own s, and a state may have none.
     calls_per_state
         Most calls that it takes per state.
     frames
         Structures that runs can start from, (N, n_atoms, 3), Å.
     """
 
-    run: Callable[[np.ndarray, np.ndarray, Path, int], tuple[ReferenceData | None, int]]
+    run: Callable[[np.ndarray, np.ndarray, Path, int], RestrainedFrames]
     calls_per_state: int
     frames: np.ndarray
 
