@@ -89,11 +89,11 @@ def needed_samples(log_weight: np.ndarray, variance: np.ndarray, gates: Gates) -
         The wanted errors.
     """
     ess = cautious_ess(log_weight)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         inverse = 1 / ess
-    per_call = np.maximum(inverse - 1, 0.0) / gates.log_z_error**2
-    force = np.nan_to_num(variance) * np.where(ess > 0, inverse, 0.0) / gates.force_error**2
-    return np.maximum.reduce([per_call, force, gates.min_effective * inverse])
+        per_call = np.maximum(inverse - 1, 0.0) / gates.log_z_error**2
+        force = np.nan_to_num(variance) * np.where(ess > 0, inverse, 0.0) / gates.force_error**2
+        return np.maximum.reduce([per_call, force, gates.min_effective * inverse])
 
 
 def verdicts(
