@@ -55,9 +55,7 @@ def test_the_solution_solves_the_equations():
     log_c = -np.logaddexp.reduce(np.log(count) + f - bias, axis=1)
     own = -np.logaddexp.reduce(log_c[:, None] - bias, axis=0)
     np.testing.assert_allclose(own - own[0], f, atol=1e-8)
-    np.testing.assert_allclose(
-        result.log_weight, log_c - np.logaddexp.reduce(log_c), atol=1e-8
-    )
+    np.testing.assert_allclose(result.log_weight, log_c - np.logaddexp.reduce(log_c), atol=1e-8)
 
 
 def test_influence_is_the_derivative():
