@@ -24,7 +24,7 @@ from ccg_mda.weights import effective_sample_size, resample
 from .free_energy_direct import Drawn
 from .free_energy_grid import Grid
 from .free_energy_sampling import Tick
-from .mbar import Mbar, mbar
+from .mbar import Mbar, solve_mbar
 from .reference import read_npz, write_npz
 
 _PULLS = 12  # steps in which windows are pulled from the start to their centres
@@ -240,7 +240,9 @@ class FromEnsemble:
         self.grid, self.ensemble = grid, ensemble
         kT = thermal_energy(temperature_K)
         values = np.stack([variable.values(ensemble.beads) for variable in grid.variables], -1)
-        solved = mbar(_reduced_bias(grid, values, settings, kT), ensemble.window, ensemble.block)
+        solved = solve_mbar(
+            _reduced_bias(grid, values, settings, kT), ensemble.window, ensemble.block
+        )
         point = grid.index(values)
         order = np.argsort(point, kind="stable")
         self._frames = order[np.searchsorted(point[order], 0) :]
