@@ -184,7 +184,7 @@ def test_calls_stay_within_the_limit_and_go_to_the_lowest_bins(tmp_path):
 
 MOLECULE = LinearGaussian()
 DISTANCE = Variable("d", "distance", (0, 1))
-WINDOWS = WindowSettings(per_variable=8, n_steps=2500, timestep_fs=4.0, friction_per_ps=20.0)
+WINDOWS = WindowSettings(per_variable=8, n_steps=4000, timestep_fs=4.0, friction_per_ps=20.0)
 
 
 @pytest.fixture(scope="module")
