@@ -254,7 +254,9 @@ def _way(
     else:
         if request.centres:
             raise ValueError("a bead ensemble gives F of bins: leave out --centres")
-        origin = _origin(request, model, "beads", request.window_steps, request.windows)
+        origin = _origin(
+            request, model, "beads", request.window_steps, request.windows, sampling.seed
+        )
         proposal = _bead_proposal(request, config, model, grid, parts / origin, progress)
     title = DIRECT if keep is not None else BEADS
     with progress.stage(f"{title}: atoms") as stage:

@@ -24,7 +24,7 @@ from ccg_mda.weights import effective_sample_size, resample
 from .free_energy_direct import Drawn
 from .free_energy_grid import Grid
 from .free_energy_sampling import Tick
-from .mbar import Mbar, mbar
+from .mbar import Mbar, solve_mbar
 from .reference import read_npz, write_npz
 
 _PULLS = 12  # steps in which windows are pulled from the start to their centres
@@ -240,7 +240,9 @@ class FromEnsemble:
         self.grid, self.ensemble = grid, ensemble
         kT = thermal_energy(temperature_K)
         values = np.stack([variable.values(ensemble.beads) for variable in grid.variables], -1)
-        solved = mbar(_reduced_bias(grid, values, settings, kT), ensemble.window, ensemble.block)
+        solved = solve_mbar(
+            _reduced_bias(grid, values, settings, kT), ensemble.window, ensemble.block
+        )
         point = grid.index(values)
         order = np.argsort(point, kind="stable")
         self._frames = order[np.searchsorted(point[order], 0) :]
@@ -283,8 +285,11 @@ class FromEnsemble:
         n_windows = n_blocks // _CHUNKS
         block, share = self.ensemble.block[self._frames], solved.share[self._frames]
         log_p = np.empty((_BOOTSTRAPS, self.grid.n_points))
+        # One block fewer is drawn: unbiased for few blocks (Rao, Wu, J. Am. Stat. Assoc. 83, 231).
+        share_of_block = np.full(_CHUNKS, 1 / _CHUNKS)
         for replica in range(_BOOTSTRAPS):
-            drawn = rng.multinomial(_CHUNKS, np.full(_CHUNKS, 1 / _CHUNKS), size=n_windows).ravel()
+            drawn = rng.multinomial(_CHUNKS - 1, share_of_block, size=n_windows).ravel()
+            drawn = drawn * _CHUNKS / (_CHUNKS - 1)
             change = (drawn - 1) @ solved.influence
             weight = drawn[block] * np.exp(self._log_c[self._frames] - share @ change)
             total = np.bincount(point, weight, self.grid.n_points)

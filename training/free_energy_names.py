@@ -74,13 +74,12 @@ def _variable(
         )
     atoms = the_map.atoms
     beads = None if isinstance(the_map, TorsionMap) else the_map.beads
-    if beads is not None:
-        numbers = [_site(word, beads, text) for word in words]
-        if all(number is not None for number in numbers):
-            return Variable(name or definition, kind, tuple(numbers))
+    as_beads = [None] if beads is None else [_site(word, beads, text) for word in words]
+    if None not in as_beads:
+        return Variable(name or definition, kind, tuple(as_beads))
     numbers = [_site(word, atoms, text, labels_only=True) for word in words]
-    if any(number is None for number in numbers):
-        word = words[numbers.index(None)]
+    if None in numbers:
+        word = words[(as_beads if any(n is not None for n in as_beads) else numbers).index(None)]
         labels = [atom_label(atoms, k) for k in range(len(atoms))]
         known = labels if beads is None else [*beads.names, *labels]
         range_of = "" if beads is None else f" (beads count from 0 to {len(beads) - 1})"

@@ -148,6 +148,8 @@ def sample_grid(
     while len(wanted):
         if settings.max_calls is not None:
             wanted = np.sort(wanted[: (settings.max_calls - state.n_calls) // more])
+            if not len(wanted):
+                break
         planned = state.n_calls + len(wanted) * more
         for part, start in enumerate(range(0, len(wanted), settings.portion)):
             points = wanted[start : start + settings.portion]

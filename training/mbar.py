@@ -39,7 +39,7 @@ class Mbar(NamedTuple):
     share: np.ndarray
 
 
-def mbar(bias: np.ndarray, ensemble: np.ndarray, block: np.ndarray) -> Mbar:
+def solve_mbar(bias: np.ndarray, ensemble: np.ndarray, block: np.ndarray) -> Mbar:
     """Combine samples of biased ensembles.
 
     Parameters

@@ -128,11 +128,11 @@ def distance_density(molecule: LinearGaussian, i: int, j: int, r: np.ndarray) ->
     pick[:, 3 * j : 3 * j + 3], pick[:, 3 * i : 3 * i + 3] = np.eye(3), -np.eye(3)
     mean = pick @ molecule.x0.ravel()[molecule.bead_dof]
     precision = np.linalg.inv(pick @ covariance @ pick.T)
-    cosine, weight = np.polynomial.legendre.leggauss(120)
-    turn = np.arange(240) * 2 * np.pi / 240
+    cosine, weight = np.polynomial.legendre.leggauss(48)
+    turn = np.arange(64) * 2 * np.pi / 64
     sine = np.sqrt(1 - cosine**2)[:, None]
     directions = np.stack(
-        [sine * np.cos(turn), sine * np.sin(turn), np.broadcast_to(cosine[:, None], (120, 240))], -1
+        [sine * np.cos(turn), sine * np.sin(turn), np.broadcast_to(cosine[:, None], (48, 64))], -1
     )
     delta = r[:, None, None, None] * directions - mean
     log_p = -0.5 * np.einsum("...i,ij,...j->...", delta, precision, delta)

@@ -69,14 +69,15 @@ def test_bins_of_torsions_within_their_errors(tmp_path):
         assert not of.above[exact < exact.min() + 3 * KT].any()
         assert of.doubtful.sum() <= 1
         # What is clearly above the cut-off got the first look only.
-        assert (of.n_samples[exact > exact.min() + 7.5 * KT] == 8).all()
+        assert (of.n_samples[exact > exact.min() + 6.8 * KT] == 8).all()
         assert of.n_calls == sum(len(one.energy) for one in sampled.bins) == of.n_samples.sum()
     z = np.concatenate(found)
     assert len(z) > 400
     assert abs(z.mean()) < 0.2
-    assert 0.8 < z.std() < 1.25
-    assert 0.6 < np.mean(np.abs(z) < 1) < 0.77
-    assert np.mean(np.abs(z) < 2) > 0.92
+    # States spread evenly over a bin do a little better than the independent ones of the error.
+    assert 0.65 < z.std() < 1.1
+    assert 0.65 < np.mean(np.abs(z) < 1) < 0.88
+    assert np.mean(np.abs(z) < 2) > 0.94
 
 
 def test_centres_are_the_potential_itself(tmp_path):
@@ -136,7 +137,7 @@ def test_marginals_and_basins_against_quadrature(tmp_path):
 
 
 def test_bins_that_fail_the_gate_are_never_used(tmp_path):
-    """A potential that jumps inside of some bins leaves a few samples with all the weight."""
+    """Where few samples, of short bonds, have nearly all the weight, there is no F."""
 
     class Jumping:
         n_atoms, n_calls = 5, 0
@@ -148,9 +149,9 @@ def test_bins_that_fail_the_gate_are_never_used(tmp_path):
             energy, forces = self.plain(positions)
             phi = PHI.values(positions)
             length = np.linalg.norm(positions[:, 1] - positions[:, 0], axis=1)
-            return energy + np.where((phi > 0) & (length > LENGTH_MOST), 0.6, 0.0), forces
+            return energy - np.where((phi > 0) & (length < shortest), 0.2, 0.0), forces
 
-    LENGTH_MOST = 1.5 - 1.9 * np.sqrt(KT / 12.0)
+    shortest = 1.5 - 1.9 * np.sqrt(KT / 12.0)
     of, _, _, settings = direct(tmp_path, potential=Jumping())
     right = GRID.centres[:, 0] > 0
     bad = right & of.doubtful
@@ -207,7 +208,7 @@ def test_a_distance_of_an_imperfect_force_field_and_flow(beads_grid, ensemble, t
     sampled = sample_grid(flow, MOLECULE, proposal, tmp_path, settings, origin="beads")
     of = landscape(sampled, proposal, TEMPERATURE_K, settings)
     edges = beads_grid.edges[0]
-    r = np.linspace(edges[0] - 1.5, edges[-1] + 1.5, 2000)
+    r = np.linspace(edges[0] - 1.2, edges[-1] + 1.2, 400)
     density = distance_density(MOLECULE, 0, 1, r)
     cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(r))])
     exact = -KT * np.log(np.diff(np.interp(edges, r, cumulative)))

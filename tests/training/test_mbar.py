@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ccg_training.mbar import mbar
+from ccg_training.mbar import solve_mbar
 
 # exp(-a x²/2) under biases k (x - c)²/2, all reduced: Gaussians of precision a + k.
 A, K, CENTRES = 1.7, 2.5, np.array([-2.0, -0.9, 0.0, 1.1, 2.2])
@@ -23,7 +23,7 @@ def solved(seed):
     window = np.repeat(np.arange(len(CENTRES)), N_SAMPLES)
     block = window * N_BLOCKS + np.tile(np.arange(N_SAMPLES) * N_BLOCKS // N_SAMPLES, len(CENTRES))
     bias = 0.5 * K * (x.ravel()[:, None] - CENTRES) ** 2
-    return x.ravel(), mbar(bias, window, block), bias, window
+    return x.ravel(), solve_mbar(bias, window, block), bias, window
 
 
 def bootstrap_error(result, seed=0):
@@ -61,11 +61,11 @@ def test_the_solution_solves_the_equations():
 def test_influence_is_the_derivative():
     """One sample in place of another, solved anew, moves f as the influence says."""
     _, result, bias, window = solved(5)
-    each = mbar(bias, window, np.arange(len(window)))  # every sample a block
+    each = solve_mbar(bias, window, np.arange(len(window)))  # every sample a block
     for n, m in ((0, 1), (900, 1100), (1990, 1700)):
         other = bias.copy()
         other[m] = bias[n]
-        change = mbar(other, window, np.arange(len(window))).free_energy - result.free_energy
+        change = solve_mbar(other, window, np.arange(len(window))).free_energy - result.free_energy
         expected = each.influence[n] - each.influence[m]
         np.testing.assert_allclose(change, expected, atol=0.03 * np.abs(expected).max())
 
@@ -74,6 +74,6 @@ def test_windows_far_apart_are_refused():
     x = np.repeat([0.0, 1000.0], 50)
     bias = 0.5 * (x[:, None] - np.array([0.0, 1000.0])) ** 2
     with pytest.raises(ValueError, match="overlap"):
-        mbar(bias, (x > 0).astype(int), (x > 0).astype(int))
+        solve_mbar(bias, (x > 0).astype(int), (x > 0).astype(int))
     with pytest.raises(ValueError, match="no sample"):
-        mbar(bias, np.zeros(100, int), np.zeros(100, int))
+        solve_mbar(bias, np.zeros(100, int), np.zeros(100, int))
