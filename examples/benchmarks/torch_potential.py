@@ -20,6 +20,7 @@ import simulate
 import torch
 from openmm import app
 
+from ccg_ase.devices import available
 from ccg_mda.potential import OpenMMPotential, Potential
 from ccg_mda.torch_potential import TorchSystemPotential
 from ccg_mda.torch_system import TorchSystem
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="build compiled code too")
     parser.add_argument("--device", default="cpu", help="a GPU to be measured too")
     arguments = parser.parse_args()
+    device = available(arguments.device)
     reference = simulate.alanine_potential()
     system = TorchSystem.from_system(reference.system)
     rows: list[tuple[str, Potential, tuple[int, ...]]] = [
@@ -73,10 +75,10 @@ def main() -> None:
     cases = [(name, potential, batch) for name, potential, sizes in rows for batch in sizes]
     calls = [(partial(p, positions_A(b)), b) for _, p, b in cases]
     rates = per_second(calls, time.process_time)
-    if arguments.device != "cpu":
+    if device.type != "cpu":
         for dtype in (torch.float64, torch.float32):
-            potential = TorchSystemPotential(system, device=arguments.device, dtype=dtype)
-            own = [(f"torch, {arguments.device}, {dtype}", potential, b) for b in GPU_BATCHES]
+            potential = TorchSystemPotential(system, device=device, dtype=dtype)
+            own = [(f"torch, {device}, {dtype}", potential, b) for b in GPU_BATCHES]
             calls = [(partial(p, positions_A(b)), b) for _, p, b in own]
             rates += per_second(calls, time.perf_counter)
             cases += own

@@ -44,7 +44,7 @@ def results() -> dict[str, np.ndarray]:
         copy.deepcopy(flow),
         frames,
         terms=TERMS,
-        steps=2,
+        steps=1,
         batch_size=15,
         learning_rate=1e-3,
         seed=0,
@@ -62,7 +62,7 @@ def results() -> dict[str, np.ndarray]:
         CHAIN.cg_map, 300.0, states, n_members=2, channels=4, n_layers=1, terms=["bonds"]
     )
     found["force-field gradients"] = together(field_gradients, copy.deepcopy(field), labels)
-    metrics = fit_force_field(field, labels, labels[:10], FitSettings(steps=2, batch_size=15))
+    metrics = fit_force_field(field, labels, labels[:10], FitSettings(steps=1, batch_size=15))
     found["force-field losses"] = np.array([metrics[name] for name in ("loss", "force_rmse")])
     return found
 

@@ -118,7 +118,7 @@ def test_flow_fit(device):
             flow,
             frames,
             terms=terms,
-            steps=2,
+            steps=1,
             batch_size=16,
             learning_rate=1e-3,
             seed=0,
