@@ -148,13 +148,13 @@ def consistency(
     )
 
 
-def check_consistency(workspace: Workspace, stage: Stage) -> Metrics:
+def check_consistency(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     """Measure the last models on held-out frames and on the reconstructed bead ensemble.
 
     A stage: after the final reconstruction; leaves ``consistency.npz`` beside it, the residuals
     ``forward`` and ``reverse`` in kT for the report's histogram. It needs no energy calls.
     """
-    model, folder = workspace.last_model, workspace.final
+    model, folder = workspace.final_model(k), workspace.final(k)
     flow, force_field = Backmapper.from_model(model), ForceField.from_model(model)
     _, held_out = workspace.data
     n = len(held_out)
@@ -167,7 +167,7 @@ def check_consistency(workspace: Workspace, stage: Stage) -> Metrics:
     found = consistency(
         Residual.of(Samples.concatenate(*parts), force_field),
         Residual.of(Samples.load(folder / "samples.npz"), force_field),
-        seed=workspace.seed(0, 14),
+        seed=workspace.seed(0, 15),
     )
     write_npz(folder / "consistency.npz", {"forward": found.forward, "reverse": found.reverse})
     return {"states": len(frames), **found.figures}

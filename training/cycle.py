@@ -34,6 +34,7 @@ from ccg_mda.flow import Backmapper
 
 from . import evaluation, exploring, learning
 from .config import Config
+from .consistency import check_consistency
 from .data_check import check
 from .findings import refuse_faults
 from .new_labels import label_states
@@ -109,6 +110,7 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
     run("fine-tuning", learning.fine_tune, k, k=k)
     run("final bead dynamics", exploring.sample_final_beads, k, k=k)
     run("final reconstruction", exploring.reconstruct_ensemble, k, k=k)
+    run("consistency", check_consistency, k, k=k)
     run("held-out check", exploring.check_held_out, k, k=k)
     run("report", _write_report, k, k=k, records=stages.records)
 

@@ -195,6 +195,7 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
     log_weights = levels.log_w
     kept = np.isfinite(log_weights)
     check = read_npz(final / "held_out.npz")
+    residual = read_npz(final / "consistency.npz")
     ess, iteration, rare = [], [], []
     for turn in range(1, k + 1):
         table = read_npz(workspace.iteration(turn) / "states.npz")
@@ -239,6 +240,8 @@ def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportD
         weight_table=check["weight_table"],
         structure_table=check["structure_table"],
         coverage_table=check["coverage_table"],
+        residual_forward=residual["forward"],
+        residual_reverse=residual["reverse"],
         **_history(records, k),
         stage_names=tuple(r["stage"] for r in records),
         stage_iteration=np.array([r["iteration"] for r in records]),
