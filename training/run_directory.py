@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .config import Config, Stop
+from .config import Config
+from .config_loop import Stop
 from .stages import write_text
 
 # What may change between the parts of one run, since it doesn't change what was done so far.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .config import Config
-from .config import Stop as Settings
+from .config_loop import Stop as Settings
 from .stages import Metrics
 
 Reason = Literal["targets met", "no further gain", "turns", "energy calls", "wall time"]

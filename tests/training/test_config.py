@@ -5,7 +5,8 @@ from typing import get_args
 
 import pytest
 
-from ccg_training.config import Config, ConfigError, Flow
+from ccg_training.config import Config, ConfigError
+from ccg_training.config_models import Flow
 from ccg_training.fit_flow import FlowLoss
 
 MINIMAL = '[system]\ntopology = "molecule.pdb"\n[mapping]\npreset = "ca"\n'

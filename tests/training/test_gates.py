@@ -6,7 +6,7 @@ from double_well import DoubleWell, WideBackmapper
 from linear_gaussian import GaussianBackmapper, LinearGaussian
 
 from ccg_mda.weights import effective_sample_size
-from ccg_training.config import Cycle
+from ccg_training.config_loop import Cycle
 from ccg_training.estimators import label_variance
 from ccg_training.forward_check import ForwardCheck
 from ccg_training.gates import cautious_ess, inflation, needed_samples, trusted, verdicts
