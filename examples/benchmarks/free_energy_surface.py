@@ -184,7 +184,7 @@ def main() -> None:
             added.add_argument(f"--{name}", type=type(value), default=value)
         return added
 
-    command(reference, chunks=4, walkers=1024, seed=20261123)
+    command(reference, chunks=9, walkers=1024, seed=20261123)
     command(checks)
     command(md)
     command(metadynamics, calls=1e7, seeds=3, seed=1, width=0.35)
