@@ -153,7 +153,7 @@ def table(runs: Path, args: argparse.Namespace) -> None:
         found.save(where / "curve.npz")
         for turn, (calls, F) in enumerate(zip(found.calls, found.free_energy[0], strict=True)):
             print(
-                f"| {way} | {seed} | {turn} | {calls} | {surface.rms_error(F, truth):.3f} | "
+                f"| {way} | {seed} | {turn} | {calls} | {surface.rms_error(F, truth, at_centres=False):.3f} | "
                 f"{surface.unvisited(F, truth):.1%} | "
                 f"{surface.difference(F) - truth.difference:+.3f} |"
             )
