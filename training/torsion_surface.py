@@ -25,6 +25,7 @@ _ZERO_kT = 100.0  # width of the prior of the constant
 _LENGTHS = np.geomspace(0.25, 2.0, 13)  # tried for l, in rad
 _JITTER = 1e-9
 _MOST_LABELS = 1000  # a matrix of some thousand rows is factorised in seconds
+_LABELS_TO_TUNE = 250  # which is done some fifty times to find length and amplitude
 _AT_ONCE = 2000
 
 
@@ -48,7 +49,14 @@ class TorsionSurface:
     def __init__(self, labels: Labels, temperature_K: float) -> None:
         if not np.isfinite(labels.free_energy).any():
             raise ValueError("no label has a free energy: a surface of F needs some")
-        labels, self.kT = labels[_most_telling(labels)], thermal_energy(temperature_K)
+        self.kT = thermal_energy(temperature_K)
+        self._observe(labels[_most_telling(labels, _LABELS_TO_TUNE)])
+        self._tune()
+        self._observe(labels[_most_telling(labels, _MOST_LABELS)])
+        self._factorise()
+
+    def _observe(self, labels: Labels) -> None:
+        """Take values, slopes and their noise from labels, in kT."""
         known = np.isfinite(labels.free_energy)
         self._at, self._slopes_at = labels.beads[known], labels.beads
         self._zero = float(labels.free_energy[known].mean())
@@ -60,10 +68,9 @@ class TorsionSurface:
         )
         self._observed = np.concatenate([values, slopes])
         self._noise = noise / self.kT**2 + _JITTER
-        self._fit()
 
-    def _fit(self) -> None:
-        """Find the length by trial, the amplitude in turn, and keep the factorised covariance."""
+    def _tune(self) -> None:
+        """Find the length by trial, and the amplitude in turn."""
         tried = []
         for self.length in _LENGTHS:
             self.amplitude = 1.0
@@ -72,7 +79,6 @@ class TorsionSurface:
                 self.amplitude *= quadratic / len(self._observed)
             tried.append((likelihood, self.length, self.amplitude))
         _, self.length, self.amplitude = max(tried)
-        self._factorise()
 
     def _factorise(self) -> tuple[float, float]:
         """Return the log marginal likelihood, and the quadratic form yᵀ K⁻¹ y."""
@@ -177,10 +183,10 @@ class TorsionSurface:
         return index[chosen]
 
 
-def _most_telling(labels: Labels) -> np.ndarray:
+def _most_telling(labels: Labels, most: int) -> np.ndarray:
     """Choose labels of F and, as far as there is room, of slopes alone; ascending indices."""
     known = np.isfinite(labels.free_energy)
-    chosen, room = [], _MOST_LABELS
+    chosen, room = [], most
     for kind in (np.flatnonzero(known), np.flatnonzero(~known)):
         some = np.linspace(0, len(kind) - 1, min(len(kind), room)).astype(int)
         chosen.append(kind[some])

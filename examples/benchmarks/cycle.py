@@ -152,8 +152,9 @@ def table(runs: Path, args: argparse.Namespace) -> None:
         found = curve(where, way)
         found.save(where / "curve.npz")
         for turn, (calls, F) in enumerate(zip(found.calls, found.free_energy[0], strict=True)):
+            error = surface.rms_error(F, truth, at_centres=False)
             print(
-                f"| {way} | {seed} | {turn} | {calls} | {surface.rms_error(F, truth, at_centres=False):.3f} | "
+                f"| {way} | {seed} | {turn} | {calls} | {error:.3f} | "
                 f"{surface.unvisited(F, truth):.1%} | "
                 f"{surface.difference(F) - truth.difference:+.3f} |"
             )
