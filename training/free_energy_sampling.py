@@ -25,8 +25,9 @@ from ccg_mda.bounds import log_partition
 from ccg_mda.potential import Potential
 
 from .free_energy_direct import Proposal
-from .labels import accept
+from .gates import trusted
 from .reference import read_npz, write_npz
+from .thresholds import Gates
 
 Tick = Callable[[int, int, str], None]
 _MARGIN_KT = 2.0  # above the cut-off, beside three standard errors, to be left after a first look
@@ -59,8 +60,8 @@ class Sampling:
     n_samples: int = 64
     n_most: int = 512
     max_kT: float = 12.0
-    min_effective: float = 15.0
-    max_pareto_k: float = 0.7
+    min_effective: float = Gates.min_effective
+    max_pareto_k: float = Gates.max_pareto_k
     max_calls: int | None = None
     seed: int = 0
     portion: int = 48
@@ -205,9 +206,8 @@ def good_enough(log_weight: np.ndarray, settings: Sampling) -> bool:
     """Tell whether weights (K,) pass the gate: enough effective samples, and no heavy tail."""
     if len(log_weight) < 2:
         return False
-    share = settings.min_effective / len(log_weight)
-    good = accept(log_weight[None], min_ess=share, max_pareto_k=settings.max_pareto_k)
-    return bool(good[0])
+    gates = Gates(min_effective=settings.min_effective, max_pareto_k=settings.max_pareto_k)
+    return bool(trusted(log_weight[None], gates)[0])
 
 
 def _portion(
