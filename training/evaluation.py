@@ -30,8 +30,8 @@ from .reconstruction import Samples, pull_back_frames, reconstruct
 from .reference import ReferenceData, read_npz
 from .report_data import ReportData
 from .states import internal_coordinates
-from .stopping import calls_spent
-from .turn_check import turn_row, upto
+from .stopping import calls_spent, records_upto
+from .turn_check import turn_row
 
 if TYPE_CHECKING:
     from .stages import Metrics
@@ -266,7 +266,7 @@ def _history(records: list[Metrics], k: int) -> dict[str, Any]:
     end = by_name["end of the loop", k]
     return {
         "turn_table": np.array([[str(i), *turn_row(records, i).values()] for i in turns], str),
-        "turn_calls": np.array([calls_spent(upto(records, i)) for i in turns]),
+        "turn_calls": np.array([calls_spent(records_upto(records, i)) for i in turns]),
         "turn_ess": column("labels at new states", "ess_mean"),
         "turn_free_energy_error": column("turn check", "new_F_error_kT"),
         "turn_force_error": column("turn check", "new_force_error"),

@@ -26,6 +26,18 @@ class Stop:
     sentence: str
 
 
+def records_upto(records: list[Metrics], k: int) -> list[Metrics]:
+    """Return the records from before anything was known of the end of turn k.
+
+    A run that is continued takes every decision again, on what it knew then.
+    """
+    for number, record in enumerate(records):
+        end = (record["stage"], record["iteration"]) == ("end of the loop", k)
+        if end or record["iteration"] > k:
+            return records[:number]
+    return records
+
+
 def calls_spent(records: list[Metrics]) -> int:
     """Return the energy calls of all stages."""
     return sum(record["calls"] for record in records)
@@ -61,7 +73,7 @@ def stop(config: Config, records: list[Metrics], k: int) -> Stop | None:
     config
         The run.
     records
-        Of all stages so far.
+        Of all stages so far; later ones than turn k don't count.
     k
         Turns done.
 
@@ -70,7 +82,7 @@ def stop(config: Config, records: list[Metrics], k: int) -> Stop | None:
     Stop or None
         None: another turn.
     """
-    cycle, settings = config.cycle, config.stop
+    cycle, settings, records = config.cycle, config.stop, records_upto(records, k)
     turns = [record for record in records if record["stage"] == "turn check"]
     found = _targets_met(settings, records) or _no_gain(settings, turns)
     if found is not None:

@@ -22,7 +22,7 @@ from .force_field_stages import force_field_labels
 from .labels import Labels
 from .progress import Stage
 from .stages import Metrics
-from .stopping import calls_spent, seconds_spent
+from .stopping import calls_spent, records_upto, seconds_spent
 from .torsion_surface import TorsionSurface
 from .turn_labels import surface_of_turns
 from .workspace import Workspace
@@ -89,17 +89,9 @@ def turn_row(records: list[Metrics], k: int) -> dict[str, str]:
         "force off by (eV/Å)": text(check["new_force_error"], ".3f"),
         "flow gained (nats)": f"{check['flow_gain_nats']:.3f}",
         "force field gained": text(check["force_field_gain"], ".0%"),
-        "calls so far": f"{calls_spent(upto(records, k)):,}".replace(",", " "),
+        "calls so far": f"{calls_spent(records_upto(records, k)):,}".replace(",", " "),
         "minutes": f"{seconds_spent(records, k) / 60:.1f}",
     }
-
-
-def upto(records: list[Metrics], k: int) -> list[Metrics]:
-    """Return the records of the first stages and of the first k turns, without what follows."""
-    last = max(
-        i for i, r in enumerate(records) if (r["stage"], r["iteration"]) == ("turn check", k)
-    )
-    return records[: last + 1]
 
 
 def _errors_of_surface(surface: TorsionSurface | None, labels: Labels) -> Metrics:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ccg_training.config import Config
-from ccg_training.stopping import calls_left, reserved_calls, stop
+from ccg_training.stopping import calls_left, records_upto, reserved_calls, stop
 
 TOPOLOGY = Path(__file__).parents[2] / "examples" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 
@@ -88,3 +88,17 @@ def test_a_turn_that_may_not_fit_is_not_begun():
     assert reason(configured(max_hours=hours + 0.001), turn(1)) is None
     found = stop(configured(max_hours=hours), START + turn(1), 1)
     assert "0.18 h were spent of 0.2 h" in found.sentence
+
+
+def test_a_continued_run_takes_every_decision_again_on_what_it_knew_then():
+    config = configured(max_calls=130_000)
+    met = turn(1, accepted=95, ess=0.6, error=0.1)
+    final = [record("end of the loop", 1), record("final reconstruction", 1, calls=50_000)]
+    finished = [*START, *met, *final]
+    assert stop(configured(), finished, 0) is None
+    assert stop(configured(), finished, 1).reason == "targets met"
+    assert records_upto(finished, 1) == [*START, *met]
+    # With other targets the same run goes on; what its end had cost was spent.
+    further = [*finished, *turn(2)]
+    assert stop(configured(target_ess=0.9), further, 1) is None
+    assert calls_left(config, records_upto(further, 2)) == 0
