@@ -219,7 +219,7 @@ class Dynamics(Section):
     friction_per_ps: PositiveFloat = Field(1.0, description="Langevin friction")
     replicas: PositiveInt = Field(24, description="independent copies, advanced as one batch")
     n_steps: PositiveInt = Field(8000, description="steps per replica in every turn of the loop")
-    n_final_steps: PositiveInt = Field(16000, description="steps of the ensemble of the report")
+    n_final_steps: PositiveInt = Field(40000, description="steps of the ensemble of the report")
     save_every: PositiveInt = Field(50, description="steps between stored bead states")
 
     @model_validator(mode="after")

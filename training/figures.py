@@ -48,14 +48,19 @@ def _degrees(axes: Axes, names: tuple[str, ...]) -> None:
 
 
 def free_energy_maps(data: ReportData) -> Figure | None:
-    """Free energy over the torsions: reference, beads, reweighted atoms, and the differences."""
-    if not data.torsions_reference.size:
-        return None
-    samples = [("reference", data.torsions_reference, None, REFERENCE)]
+    """Free energy over the torsions: reference, beads, reweighted atoms, and the differences.
+
+    Of those that there are; differences are to the first of them.
+    """
+    samples = []
+    if data.torsions_reference.size:
+        samples.append(("reference", data.torsions_reference, None, REFERENCE))
     if data.torsions_beads.size:
         samples.append(("bead dynamics", data.torsions_beads, None, BEADS))
     if data.torsions_atomistic.size and data.log_weights.size:
         samples.append(("reweighted atoms", data.torsions_atomistic, data.log_weights, ATOMS))
+    if not samples:
+        return None
     fewest = min(len(torsions) for _, torsions, _, _ in samples)
     bins = 64 if fewest >= 50_000 else 48 if fewest >= 15_000 else 32
     panels = [
@@ -70,7 +75,7 @@ def _maps(panels: list[tuple[str, np.ndarray, str]], names: tuple[str, ...]) -> 
     figure = new_figure(3.1 * len(panels) + 0.7, 5.9)
     axes = figure.subplots(2, len(panels), squeeze=False)
     extent = (-np.pi, np.pi, -np.pi, np.pi)
-    reference = panels[0][1]
+    first, reference, _ = panels[0]
     for column, (title, histogram, _) in enumerate(panels):
         energy = metrics.free_energy(histogram).T
         image = axes[0, column].imshow(
@@ -82,7 +87,7 @@ def _maps(panels: list[tuple[str, np.ndarray, str]], names: tuple[str, ...]) -> 
             shift = axes[1, column].imshow(
                 gap, origin="lower", extent=extent, vmin=-2, vmax=2, cmap="RdBu_r"
             )
-            axes[1, column].set_title(f"{title} − reference")
+            axes[1, column].set_title(f"{title} − {first}")
     figure.colorbar(image, ax=axes[0, :], label="F (kT)", extend="max", shrink=0.9, pad=0.02)
     axes[1, 0].set_axis_off()
     if len(panels) > 1:

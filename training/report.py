@@ -49,7 +49,8 @@ PLATES = (
         "free_energy",
         "Free energy over the torsions",
         "Minus the logarithm of the histogram, in kT, zero at the minimum; white was not visited. "
-        "Differences are drawn where both have samples; their mean over the reference is zero.",
+        "Differences, to the first map, are drawn where both have samples; their mean is zero. "
+        "Where the reference data are biased, the first map is that of bead dynamics.",
         figures.free_energy_maps,
     ),
     Plate(

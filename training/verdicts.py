@@ -223,6 +223,22 @@ def _energies(data: ReportData) -> Verdict:
     )
 
 
+def _ensemble(data: ReportData) -> Verdict:
+    """Judge the ensemble of beads and atoms together, which needs no reference."""
+    claim = "The all-atom ensemble after reweighting"
+    if not data.log_weights.size:
+        return _unmeasured(claim)
+    states, whole = _state_weights(data), effective_sample_size(data.log_weights)
+    of_states = states.sum() ** 2 / (len(states) * (states**2).sum())
+    return Verdict(
+        claim,
+        _graded(-whole, -0.5, -0.1),
+        f"Effective sample size {whole:.2f} of {len(data.log_weights)} reconstructions (yes from "
+        f"0.5, with care from 0.1): {of_states:.2f} for the bead states, whose force field decides "
+        f"how often each is visited, {whole / of_states:.2f} for the atoms on them.",
+    )
+
+
 def _labels(data: ReportData) -> Verdict:
     claim = "Mean-force labels"
     if not data.label_variance.size:
@@ -273,6 +289,7 @@ CLAIMS: tuple[Callable[[ReportData], Verdict], ...] = (
     _rare_reconstruction,
     _atom_free_energy,
     _energies,
+    _ensemble,
     _labels,
     _convergence,
 )

@@ -96,6 +96,7 @@ def test_a_right_model_is_trusted_for_everything(good):
         ("Atoms on common bead states", {"ess": 0.05}),
         ("Atoms on rare bead states", {"ess": 0.05}),
         ("All-atom energies after reweighting", {"energy_atomistic": 3 * KT}),
+        ("The all-atom ensemble after reweighting", {"log_weights": 8.0}),
         ("Mean-force labels", {"label_variance": 5.0}),
         ("Convergence of the loop", {"end_of_loop": ("wall time", "it took an hour")}),
     ],
