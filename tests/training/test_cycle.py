@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,11 @@ from tiny_run import CONFIG, Interrupted, assert_same_result, new_folder, record
 from ccg_ase import CGCalculator, ForceField, load_model
 from ccg_mda import Backmapper
 from ccg_training.cli import INTERRUPTED
+from ccg_training.config import Config
 from ccg_training.labels import Labels
+from ccg_training.progress import Progress
+from ccg_training.turn_check import check_turn
+from ccg_training.workspace import Workspace
 
 ITERATED = [
     *("bead dynamics", "labels at new states", "flow", "labels on frames", "force field"),
@@ -110,6 +115,29 @@ def test_beads_at_centres_of_groups(whole, tmp_path, weighting):
     positions = Backmapper.from_model(model)(beads).rsample((5,), np.random.default_rng(0))
     apart = model.cg_map.apply(positions) - beads
     assert apart.abs().max() < 1e-10
+
+
+def test_a_turn_that_makes_models_worse_leaves_them_as_they_were(whole, tmp_path):
+    shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
+    workspace = Workspace(Config.load(tmp_path / "cycle.toml"))
+    folders = [workspace.iteration(k) for k in (0, 1)]
+    models = {"flow": Backmapper, "force_field": ForceField}
+    for name, kind in models.items():
+        spoilt = kind.from_model(load_model(folders[0] / "model.ccg"))
+        with torch.no_grad():
+            for weights in spoilt.parameters():
+                weights += 0.3 * torch.randn_like(weights)
+        part = {"flow": "backmapper"}.get(name, name)
+        workspace.save(folders[1] / f"{name}.ccg", {part: spoilt})
+    with Progress(quiet=True).stage("turn check") as stage:
+        figures = check_turn(workspace, stage, 1)
+    assert figures["flow_gain_nats"] < 0
+    assert figures["force_field_gain"] < 0
+    assert figures["told"].count("stays as it was") == 2
+    before, after = (load_model(folder / "model.ccg") for folder in folders)
+    for kind in models.values():
+        ours, theirs = kind.from_model(after).state_dict(), kind.from_model(before).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_torsions_give_free_energies_and_say_that_there_is_no_force_field(whole, tmp_path):
