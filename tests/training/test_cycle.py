@@ -97,6 +97,7 @@ def train_again(whole: Path, folder: Path, mapping: str) -> Path:
     _, rest = rest.split("[flow]")
     reference = f'[reference]\nsource = "trajectory"\nfiles = ["{whole / "reference.npz"}"]\n'
     text = f"{head}{mapping}{reference}[flow]{rest}".replace("[cycle]", "[cycle]\niterations = 1")
+    text = text.replace("relative_entropy_rounds = 1", "relative_entropy_rounds = 0")
     (folder / "cycle.toml").write_text(text)
     done = train(folder)
     assert done.exit_code == 0, done.output
@@ -111,11 +112,10 @@ NME = "resname NME"
 """
 
 
-@pytest.mark.parametrize("weighting", ["mass", "geometry"])
-def test_beads_at_centres_of_groups(whole, tmp_path, weighting):
-    run = train_again(whole, tmp_path, f'[mapping]\nweighting = "{weighting}"\n{CENTRES}')
+def test_beads_at_centres_of_groups(whole, tmp_path):
+    run = train_again(whole, tmp_path, f'[mapping]\nweighting = "mass"\n{CENTRES}')
     model = load_model(run / "model.ccg")
-    assert model.cg_map.kind == weighting
+    assert model.cg_map.kind == "mass"
     assert (run / "report.html").is_file()
     assert "held-out check: ess_mean" in model.metrics
     assert not any("variance_ratio" in key for key in model.metrics)
