@@ -355,6 +355,7 @@ def free_energy(
         bool, typer.Option("--centres", help="Torsion model: F at the centres, not of the bins.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Same seed: same result.")] = 0,
+    device: Device = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -388,6 +389,7 @@ def free_energy(
             window_steps=steps,
             windows=windows,
             figure=figure,
+            device=device,
             force=force,
         )
         with Progress(quiet=quiet) as progress:

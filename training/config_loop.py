@@ -56,9 +56,6 @@ class Cycle(Section):
     max_pareto_k: float = Field(
         Gates.max_pareto_k, gt=0, description="gate: largest tail shape of weights"
     )
-    joint_steps: NonNegativeInt = Field(
-        0, description="final fit of flow and force field together: steps; 0 leaves it out"
-    )
     log_z_error: PositiveFloat = Field(
         Gates.log_z_error, description="wanted error of ln Z(s), nats"
     )
@@ -72,6 +69,9 @@ class Cycle(Section):
         Gates.max_stages, description="longest annealing path; 0: none"
     )
 
+    joint_steps: NonNegativeInt = Field(
+        0, description="final fit of flow and force field together: steps; 0 leaves it out"
+    )
     n_report: PositiveInt = Field(2000, description="bead states of the final ensemble")
     n_report_samples: PositiveInt = Field(8, description="reconstructions of each of them")
     n_held_out: PositiveInt = Field(100, description="held-out states of the final check")

@@ -29,12 +29,24 @@ class Potential(Section):
 
     forcefield: list[ForceFieldFile] = Field(
         ["amber96.xml", "amber96_obc.xml"],
-        min_length=1,
         description="OpenMM force-field XML names or files; no box, no constraints",
+    )
+    system: ExistingFile | None = Field(
+        None, description="in place of forcefield: an OpenMM System as XML (of Amber, GROMACS ...)"
     )
     evaluate: Literal["auto", "openmm", "torch"] = Field(
         "auto", description="auto (torch on a GPU if it can, else openmm) | openmm | torch"
     )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Potential:
+        if self.system is None and not self.forcefield:
+            raise fault("give forcefield, or system")
+        if self.system is not None:
+            if self.forcefield and "forcefield" in self.model_fields_set:
+                raise fault("give forcefield or system, not both")
+            object.__setattr__(self, "forcefield", [])
+        return self
 
 
 class Mapping(Section):

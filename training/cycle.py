@@ -32,11 +32,12 @@ from torch import nn
 from ccg_ase.forcefield import ForceField
 from ccg_mda.flow import Backmapper
 
-from . import evaluation, exploring, learning
+from . import evaluation, exploring, flow_stages, force_field_stages
 from .config import Config
 from .consistency import check_consistency
 from .data_check import check
 from .findings import refuse_faults
+from .fine_tuning import fine_tune
 from .new_labels import label_states
 from .progress import Progress, Stage
 from .reference import ReferenceData, read_npz, reference_data, trajectory_of
@@ -78,13 +79,13 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
 
     run("reference data", _get_reference)
     run("data check", _check_data, progress=progress)
-    run("flow: likelihood", learning.fit_likelihood)
-    run("flow: coordinates", learning.fit_coordinates)
+    run("flow: likelihood", flow_stages.fit_likelihood)
+    run("flow: coordinates", flow_stages.fit_coordinates)
     by_torsions = workspace.by_torsions
     if not by_torsions:
-        run("labels on frames", learning.label_frames, k=0)
-        run("force field", learning.refit_force_field, k=0)
-    run("flow: forces", learning.fit_forces, k=0)
+        run("labels on frames", force_field_stages.label_frames, k=0)
+        run("force field", force_field_stages.refit_force_field, k=0)
+    run("flow: forces", flow_stages.fit_forces, k=0)
     k, n_steps = 0, workspace.config.dynamics.n_steps
     while (end := stop(workspace.config, stages.records, k)) is None:
         k += 1
@@ -92,22 +93,22 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
         if not by_torsions:
             run("bead dynamics", exploring.sample_beads, k, k=k, folder=folder, n_steps=n_steps)
         run("labels at new states", label_states, k, k=k, max_calls=left)
-        run("flow", learning.fit_forces, k, k=k)
+        run("flow", flow_stages.fit_forces, k, k=k)
         if not by_torsions:
-            run("labels on frames", learning.label_frames, k, k=k)
-            run("force field", learning.refit_force_field, k, k=k)
+            run("labels on frames", force_field_stages.label_frames, k, k=k)
+            run("force field", force_field_stages.refit_force_field, k, k=k)
         run("turn check", check_turn, k, k=k)
         progress.row(f"turn {k}", turn_row(stages.records, k))
     run("end of the loop", _end_loop, k, end=end, progress=progress)
     if by_torsions:
-        run("labels on frames", learning.label_frames, k, k=k)
+        run("labels on frames", force_field_stages.label_frames, k, k=k)
         run("model", _write_model, k, k=k, records=stages.records)
         progress.message(
             "torsions as coarse variables have no bead force field: F over them is mapped by "
             f"ccg free-energy {workspace.directory / 'model.ccg'}; no report is drawn"
         )
         return
-    run("fine-tuning", learning.fine_tune, k, k=k)
+    run("fine-tuning", fine_tune, k, k=k)
     run("final bead dynamics", exploring.sample_final_beads, k, k=k)
     run("final reconstruction", exploring.reconstruct_ensemble, k, k=k)
     run("consistency", check_consistency, k, k=k)

@@ -6,10 +6,8 @@ one-cycle schedule, averaged weights, early stopping on held-out frames.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +28,7 @@ from .flow_losses import (
     without_free_energy,
 )
 from .own_samples import OwnSamples, OwnStates, own_sample_loss
+from .trained import Trained, fixed_order
 
 __all__ = [
     "LIKELIHOOD_ONLY",
@@ -80,69 +79,6 @@ class FlowFit:
         end = "stopped early" if self.stopped_early else "ran to the end"
         calls = f", {self.energy_calls} energy calls" if self.energy_calls else ""
         return f"{end} at step {self.steps}, kept the weights of step {self.best_step}{calls}"
-
-
-@contextmanager
-def _fixed_order() -> Iterator[None]:
-    """Add gradients in a fixed order, whatever the number of threads.
-
-    Otherwise the gradient of an indexed tensor is summed by whichever thread comes first, and two
-    runs of one seed part ways after a few steps. Filling every new tensor with NaN, part of torch's
-    deterministic mode, guards against reading uninitialised memory only, and costs 5 %.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    # Some operations of GPUs have no fixed order: there, two runs may differ in the last digits.
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-class _Trained:
-    """A copy of a module in single precision, its optimiser, and the average of its weights."""
-
-    def __init__(self, module: nn.Module, learning_rate: float, steps: int) -> None:
-        self._original = module
-        self.module = copy.deepcopy(module).float().train()
-        self.averaged = copy.deepcopy(self.module).requires_grad_(False).eval()
-        self.parameters = list(self.module.parameters())
-        self._mean = list(self.averaged.parameters())
-        self._best: list[Tensor] | None = None
-        self._optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, foreach=True
-        )
-        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer,
-            learning_rate,
-            total_steps=max(steps, 2),
-            pct_start=min(0.1, 100 / max(steps, 2)),
-        )
-
-    def step(self, clip: float, decay: float) -> None:
-        """Step along the gradients, and average."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
-        if not torch.isfinite(norm):
-            self._optimizer.zero_grad()  # a step without gradients changes nothing
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._schedule.step()
-        torch._foreach_lerp_(self._mean, [p.detach() for p in self.parameters], 1.0 - decay)
-
-    def keep(self) -> None:
-        """Remember the present average as the best."""
-        self._best = [mean.clone() for mean in self._mean]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the best average, or the last, into the module that this is a copy of."""
-        best = self._mean if self._best is None else self._best
-        for target, source in zip(self._original.parameters(), best, strict=True):
-            target.copy_(source)
 
 
 def fit_flow(
@@ -223,7 +159,7 @@ def fit_flow(
     )
 
 
-@_fixed_order()
+@fixed_order()
 def _fit(
     ranks: Ranks,
     flow: Backmapper,
@@ -251,11 +187,11 @@ def _fit(
     states = OwnStates(flow, frames, own, rng) if own is not None and terms.needs_samples else None
     judge = None if held_out is None else _Judge(flow, held_out, terms)
     calls = own.potential.n_calls if states is not None else 0
-    of_flow = _Trained(flow, learning_rate, steps)
+    of_flow = Trained(flow, learning_rate, steps)
     trained, model = [of_flow], None
     if free_energy is not None:
         alone = steps // 3 if anchor is None else 0
-        of_model = _Trained(free_energy, learning_rate, alone + steps)
+        of_model = Trained(free_energy, learning_rate, alone + steps)
         trained, model = [*trained, of_model], of_model.module
         _fit_to_labels(ranks, of_flow.module, of_model, batches, batch_size, alone)
 
@@ -347,7 +283,7 @@ class _Judge:
 
 
 def _fit_to_labels(
-    ranks: Ranks, flow: nn.Module, of_model: _Trained, batches: Batches, batch_size: int, steps: int
+    ranks: Ranks, flow: nn.Module, of_model: Trained, batches: Batches, batch_size: int, steps: int
 ) -> None:
     """Fit a free-energy model alone to the pulled-back labels of a flow."""
     only_label = FlowLoss(likelihood=0.0, noise_force=0.0, label=1.0, energy=0.0)

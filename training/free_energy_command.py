@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ccg_ase.checkpoint import ModelFile, load_model
+from ccg_ase.devices import available
 from ccg_ase.evaluator import Evaluator
 from ccg_ase.files import replaced
 from ccg_ase.forcefield import ForceField
@@ -67,6 +68,8 @@ class Request:
         Regions, see `Grid.basin`.
     centres
         F at the centre of each bin in place of F of the bin (torsion models).
+    device
+        Where to compute; None: as the configuration says.
     sampling, window_steps, windows
         Numbers of samples; steps per umbrella window; windows per variable (None: 24 for one
         variable, 12 for two).
@@ -86,6 +89,7 @@ class Request:
     window_steps: int = 10_000
     windows: int | None = None
     figure: str = "png"
+    device: str | None = None
     force: bool = False
 
 
@@ -110,8 +114,9 @@ def free_energy_file(
     for path in (out, picture):
         if path.exists() and not request.force:
             raise FileExistsError(f"{path} exists; --force overwrites it")
-    config = Config.load(request.config)
-    models = [load_model(path) for path in (request.model, request.second) if path is not None]
+    config = Config.load(request.config).on_device(request.device)
+    device, paths = available(config.run.device), (request.model, request.second)
+    models = [load_model(path, device=device) for path in paths if path is not None]
     potential = potential_of(config)
     for model in models:
         _check(model, config, potential)
@@ -298,7 +303,8 @@ def _bead_proposal(
     start = cg_map.apply(universe_of(config).atoms.positions.astype(float))
     force_field = ForceField.from_model(model)
     with progress.stage("bead ensemble: umbrella windows") as stage:
-        evaluator = Evaluator(force_field, n_windows(grid, settings))
+        windows = n_windows(grid, settings)
+        evaluator = Evaluator(force_field, windows, device=force_field.device)
         ensemble = run_windows(evaluator, start, grid, folder, settings, tick=stage.update)
         return FromEnsemble(grid, ensemble, settings, model.temperature_K)
 

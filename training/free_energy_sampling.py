@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ccg_ase.devices import device_of
 from ccg_ase.units import thermal_energy
 from ccg_mda.bounds import log_partition
 from ccg_mda.potential import Potential
@@ -261,9 +262,10 @@ def weigh(
     for start in range(0, len(states), batch_size):
         own = slice(start, start + batch_size)
         with torch.no_grad():
-            at = backmapper(torch.as_tensor(np.array(states[own], dtype=np.float64)))
+            here = torch.from_numpy(np.array(states[own], dtype=np.float64))
+            at = backmapper(here.to(device_of(backmapper)))
             x, log_prob = at.positions_and_log_prob_from(noise[own])
-        positions, log_q = x.numpy(), log_prob.numpy()
+        positions, log_q = x.cpu().numpy(), log_prob.cpu().numpy()
         near = (np.abs(positions) < _FARTHEST_A).all((1, 2)) & np.isfinite(log_q)
         energy = np.full(len(positions), np.inf)
         if near.any():

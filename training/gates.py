@@ -3,9 +3,10 @@
 The first K samples at a state say how many more a wanted error takes: errors of ln Z(s) and of the
 mean force fall with 1/sqrt(K), and K effective samples cost K/ESS energy calls. Annealing costs
 some 60 calls per effective sample, whatever the flow is like (`annealing`); so more plain samples
-are the cheapest remedy up to a number of them, `Gates.max_samples`, and annealing beyond. Where the
-flow has dropped a mode (`forward_check`) both start in the wrong place: there, and where annealing
-fails, dynamics restrained to s is what is left.
+are the cheapest remedy up to a number of them, `Gates.max_samples`. Beyond, it is annealing or
+dynamics restrained to s, whichever costs less: the latter gives no F, but all that the flow needs
+to do better in the next turn. Where the flow has dropped a mode (`forward_check`) weights start in
+the wrong place whatever is done with them, and dynamics is what is left.
 """
 
 from __future__ import annotations

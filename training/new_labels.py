@@ -24,6 +24,7 @@ from .torsion_surface import FreeEnergy, TorsionSurface
 from .turn_labels import labels_of_turns, surface_of_turns
 from .workspace import Workspace
 
+_STATES_PER_PROCESS = 16  # restrained states for which a process of their own pays
 _CANDIDATES = 4000  # torsions among which those worth a label are sought
 
 
@@ -166,7 +167,7 @@ def _restraint(workspace: Workspace) -> Restraint | None:
             steering_steps=steering,
             equilibration_steps=equilibration,
             timestep_fs=reference.timestep_fs,
-            workers=reference.walkers,
+            workers=min(reference.walkers, max(1, len(targets) // _STATES_PER_PROCESS)),
             seed=seed,
         )
 

@@ -69,7 +69,10 @@ class PortionLabeller:
         guess: Callable[[np.ndarray], np.ndarray] | None,
     ) -> None:
         self.backmapper, self.potential, self.n_samples = backmapper, potential, n_samples
-        self.gates, self.restraint, self.guess = gates, restraint, guess or np.zeros_like
+        self.restraint, self.guess = restraint, guess or np.zeros_like
+        if restraint is not None and restraint.calls_per_state < annealing_calls(n_samples, gates):
+            gates = replace(gates, max_stages=0)  # the cheaper of both
+        self.gates = gates
 
     def label(
         self,

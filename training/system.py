@@ -17,7 +17,7 @@ from .data_check import check
 from .distributed import processes_here
 from .findings import Finding, faulty
 from .mapping_check import check_mapping
-from .reference import ReferenceData, read_structure, trajectory_of
+from .reference import ReferenceData, ReferenceDataError, read_structure, trajectory_of
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
@@ -83,10 +83,25 @@ def potential_of(config: Config) -> CheckedPotential:
 
 
 def openmm_potential_of(config: Config) -> OpenMMPotential:
-    """Return the OpenMM System of the [potential] section, for dynamics."""
+    """Return the OpenMM System of the [potential] section, for dynamics.
+
+    Raises
+    ------
+    ReferenceDataError
+        If a System from a file has another number of atoms than the topology.
+    """
     from ccg_mda.potential import OpenMMPotential
 
-    return OpenMMPotential.from_pdb(config.system.topology, config.potential.forcefield)
+    topology, settings = config.system.topology, config.potential
+    if settings.system is None:
+        return OpenMMPotential.from_pdb(topology, settings.forcefield)
+    potential, n_atoms = OpenMMPotential.from_xml(settings.system), len(universe_of(config).atoms)
+    if potential.n_atoms != n_atoms:
+        raise ReferenceDataError(
+            f"{settings.system} has {potential.n_atoms} atoms, the topology {topology} {n_atoms}: "
+            "give the System of this molecule, its atoms in the same order"
+        )
+    return potential
 
 
 def first_config(topology: Path, forcefield: list[str] | None, folder: Path) -> Config:

@@ -24,7 +24,7 @@ FreeEnergy = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _ZERO_kT = 100.0  # width of the prior of the constant
 _LENGTHS = np.geomspace(0.25, 2.0, 13)  # tried for l, in rad
 _JITTER = 1e-9
-_MOST_LABELS = 1500  # a matrix of some thousand rows is factorised in seconds
+_MOST_LABELS = 1000  # a matrix of some thousand rows is factorised in seconds
 _AT_ONCE = 2000
 
 
@@ -35,7 +35,7 @@ class TorsionSurface:
     ----------
     labels
         At torsions (L, n_torsions); those with a free energy give values and slopes, the others
-        slopes. At most 1500 are used: the former first, each kind evenly.
+        slopes. At most 1000 are used: the former first, each kind evenly.
     temperature_K
         Of the labels.
 

@@ -17,8 +17,9 @@ from ccg_mda.flow import Backmapper
 
 from .fit_flow import frame_nll
 from .fit_forcefield import evaluate_force_field
+from .flow_stages import MOST_NATS, flow_frames
+from .force_field_stages import force_field_labels
 from .labels import Labels
-from .learning import MOST_NATS, flow_frames, force_field_labels
 from .progress import Stage
 from .stages import Metrics
 from .stopping import calls_spent, seconds_spent

@@ -16,6 +16,7 @@ from ccg_ase.devices import available
 from ccg_ase.torsion_map import TorsionMap
 
 from .config import Config
+from .config_models import Potential
 from .findings import refuse_faults
 from .mapping_check import check_mapping
 from .reference import ReferenceData
@@ -90,7 +91,7 @@ class Workspace:
             "ccg": importlib.metadata.version("ccg"),
             "name": system.name,
             "topology": system.topology.name,
-            "forcefield": [Path(name).name for name in self.config.potential.forcefield],
+            "forcefield": _names(self.config.potential),
             "seed": self.config.run.seed,
         }
         save_model(
@@ -101,3 +102,9 @@ class Workspace:
             provenance=provenance,
             metrics=metrics,
         )
+
+
+def _names(potential: Potential) -> list[str]:
+    """Return the names of the files that the potential is made of."""
+    files = potential.forcefield if potential.system is None else [potential.system]
+    return [Path(name).name for name in files]

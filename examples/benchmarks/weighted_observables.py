@@ -3,9 +3,9 @@
     export CCG_DATA=... CCG_RUNS=...       # see systems.py; the held-out run of simulate.py alanine
     python weighted_observables.py [MODEL] [--frames 8000] [--samples 2]
 
-F(φ), the mean distance of the ends, the mean energy, hydrogen bonds: everything by the public
-interface alone. A deviation is told in standard errors of the difference. Figures of the last
-release: README.md.
+F(φ), F(ψ), F(χ), means and distributions of the distance of the ends and of the energy: everything
+by the public interface alone. A deviation is told in standard errors of the difference. Figures of
+the last release: README.md.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ from ccg_mda import (
 MODEL = Path(__file__).parents[1] / "alanine_dipeptide" / "alanine_dipeptide.ccg"
 REPLICAS, TEMPERATURES = 64, 4
 BINS, BELOW_KT = 36, 6.0
+DIHEDRALS = {
+    "φ": "(name C and resname ACE) or (resname ALA and name N CA C)",
+    "ψ": "(resname ALA and name N CA C) or (name N and resname NME)",
+    "χ": "resname ALA and name N CA CB HB1",
+}
 
 
 def end_to_end(atoms) -> float:
@@ -117,24 +122,58 @@ def main() -> None:
         )
         show(name, unit, *((x.results.mean, x.results.error) for x in (run.run() for run in runs)))
     print()
-    print("| φ, degrees | F of molecular dynamics, kT | beads, weighted | beads, unweighted |")
-    print("| --- | --- | --- | --- |")
-    profiles = []
-    for atoms, weights in ((md, same), (u, log_w), (u, 0 * log_w)):
-        phi = atoms.select_atoms("resname ALA")[:1].residues[0].phi_selection()
-        found = reweight(Dihedral([phi]), weights, bins=BINS, **options).results
-        profiles.append(free_energy_of(found.mean[0], found.error[0]))
-    low = profiles[0][0] - profiles[0][0].min() < BELOW_KT
-    for k in np.flatnonzero(low):
-        row = (f"{value[k]:.2f} ± {error[k]:.2f}" for value, error in profiles)
-        print(f"| {found.bins[k]:.0f} | {' | '.join(row)} |")
+    print("| distribution | compared | rms, kT | mean square, greatest deviation (errors) "
+          "| the same, unweighted |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- |")
+    runs = ((md, same), (u, log_w), (u, 0 * log_w))
+    for name, selection in DIHEDRALS.items():
+        profiles = []
+        for atoms, weights in runs:
+            four = in_a_row(atoms.select_atoms(selection))
+            found = reweight(Dihedral([four]), weights, bins=BINS, **options).results
+            profiles.append(free_energy_of(found.mean[0], found.error[0]))
+        compare(name, profiles)
+    ends = np.linalg.norm(reference.positions[:, 1] - reference.positions[:, 18], axis=1)
+    for name, of_md, of_beads, known in (
+        ("end to end", end_to_end, end_to_end, ends),
+        ("energy", stored_energy, energy, reference.energy),
+    ):
+        edges = np.quantile(known, np.linspace(0, 1, 21))
+        edges[0], edges[-1] = -np.inf, np.inf
+        profiles = []
+        for (atoms, weights), function in zip(runs, (of_md, of_beads, of_beads), strict=True):
+
+            def share(group, function=function, edges=edges) -> np.ndarray:
+                value = function(group)
+                return ((edges[:-1] <= value) & (value < edges[1:])).astype(float)
+
+            found = WeightedAverage(share, atoms, log_w=weights, **options).run().results
+            profiles.append(free_energy_of(found.mean, found.error))
+        compare(f"{name}, twentieths of md", profiles)
+
+
+def in_a_row(four) -> object:
+    """Return the four atoms of a dihedral in the order of its bonds."""
+    ends = [atom for atom in four if len(set(four) & set(atom.bonded_atoms)) == 1]
+    row = [min(ends, key=lambda atom: atom.index)]
+    while len(row) < 4:
+        (following,) = set(four) & set(row[-1].bonded_atoms) - set(row)
+        row.append(following)
+    return sum(row[1:], four.universe.atoms[[row[0].index]])
+
+
+def compare(name: str, profiles: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Print how far weighted and unweighted profiles are from that of molecular dynamics."""
     (exact, exact_error), *others = profiles
-    for name, (value, error) in zip(("weighted", "unweighted"), others, strict=True):
+    low = exact - exact.min() < BELOW_KT
+    low &= np.all([np.isfinite(value) for value, _ in others], axis=0)
+    cells = []
+    for value, error in others:
         apart = value[low] - exact[low]
         off = apart / np.hypot(error, exact_error)[low]
-        print(f"{name}, {low.sum()} bins below {BELOW_KT:.0f} kT: rms "
-              f"{np.sqrt(np.mean(apart**2)):.3f} kT; in standard errors mean square "
-              f"{np.mean(off**2):.2f}, greatest {np.abs(off).max():.1f}")  # fmt: skip
+        cells += [np.sqrt(np.mean(apart**2)), np.mean(off**2), np.abs(off).max()]
+    print(f"| {name} | {low.sum()} bins | {cells[0]:.3f} | {cells[1]:.2f}, {cells[2]:.1f} "
+          f"| {cells[3]:.3f} kT; {cells[4]:.2f}, {cells[5]:.1f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

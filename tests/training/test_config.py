@@ -3,11 +3,17 @@
 from pathlib import Path
 from typing import get_args
 
+import openmm
 import pytest
 
+from ccg_mda.potential import OpenMMPotential
 from ccg_training.config import Config, ConfigError
 from ccg_training.config_models import Flow
 from ccg_training.fit_flow import FlowLoss
+from ccg_training.reference import ReferenceDataError, read_structure
+from ccg_training.system import openmm_potential_of
+
+PDB = Path(__file__).parents[2] / "examples" / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 
 MINIMAL = '[system]\ntopology = "molecule.pdb"\n[mapping]\npreset = "ca"\n'
 
@@ -130,6 +136,27 @@ def test_a_force_field_beside_the_file_is_resolved(write, tmp_path):
     (tmp_path / "mine.xml").write_text("<ForceField/>")
     config = Config.load(write(MINIMAL + '[potential]\nforcefield = ["mine.xml"]\n'))
     assert [Path(name) for name in config.potential.forcefield] == [tmp_path / "mine.xml"]
+
+
+def test_a_system_from_a_file_takes_the_place_of_a_force_field(write, tmp_path):
+    shipped = OpenMMPotential.from_pdb(PDB, ["amber96.xml", "amber96_obc.xml"])
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(shipped.system))
+    molecule = MINIMAL.replace("molecule.pdb", str(PDB))
+    config = Config.load(write(molecule + '[potential]\nsystem = "system.xml"\n'))
+    positions = read_structure(PDB).atoms.positions
+    assert openmm_potential_of(config)(positions)[0] == shipped(positions)[0]
+    assert Config.load(write(config.to_toml())).potential == config.potential
+    both = '[potential]\nsystem = "system.xml"\nforcefield = ["amber96.xml"]\n'
+    with pytest.raises(ConfigError, match="not both"):
+        Config.load(write(MINIMAL + both))
+    with pytest.raises(ConfigError, match="give forcefield, or system"):
+        Config.load(write(MINIMAL + "[potential]\nforcefield = []\n"))
+    larger = openmm.System()
+    for _ in range(23):
+        larger.addParticle(1.0)
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(larger))
+    with pytest.raises(ReferenceDataError, match="has 23 atoms"):
+        openmm_potential_of(config)
 
 
 def test_the_configuration_is_read_only(write):

@@ -1,6 +1,7 @@
 """Labels of every origin against closed forms; budgets; interruption."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,6 +141,17 @@ def test_states_that_plain_weights_can_t_label_are_annealed(molecule, beads, tmp
     truth = molecule.mean_energy(table["beads"])[sums > 0]
     off = mean / sums[sums > 0] - truth
     assert abs(off.mean()) < 4 * off.std() / np.sqrt(len(off))
+
+
+@pytest.mark.parametrize(("calls_per_state", "kind"), [(2000, "restrained"), (10**6, "annealed")])
+def test_the_cheaper_of_annealing_and_dynamics_is_taken(
+    molecule, beads, tmp_path, calls_per_state, kind
+):
+    flow = GaussianBackmapper(molecule, shift=0.8, scale=1.2, bend=0.1)
+    tool = replace(restraint(molecule), calls_per_state=calls_per_state)
+    found = run(molecule, flow, beads[:4], tmp_path, restraint=tool)
+    assert found.count[kind] >= 3
+    assert found.calls["annealed" if kind == "restrained" else "restrained"] == 0
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.7])

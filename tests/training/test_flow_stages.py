@@ -10,7 +10,7 @@ import pytest
 import torch
 from exact_flows import CHAIN, flow_of, frames_of, structures
 
-from ccg_training import learning
+from ccg_training import flow_stages
 from ccg_training.fit_flow import FlowLoss, mean_nll
 
 
@@ -30,7 +30,7 @@ def test_forces_that_lead_away_from_the_frames_are_undone(scale, undone):
     )
     train = replace(frames, forces=scale * frames.forces)[:300]
     terms = FlowLoss(likelihood=0.0, noise_force=0.0, label=0.0, energy=0.0, coordinate_force=1.0)
-    found = learning._fit(
+    found = flow_stages._fit(
         workspace, SimpleNamespace(update=lambda *a: None), flow, train, train[:50], terms, 60, 0
     )
     same = all(torch.equal(a, b) for a, b in zip(before, flow.parameters(), strict=True))
