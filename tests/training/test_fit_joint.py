@@ -94,7 +94,7 @@ def run(models, frames=TRAIN, labels=LABELS, **settings):
 
 @pytest.fixture(scope="module")
 def fitted(models):
-    return run(models, steps=80, learning_rate=8e-3)
+    return run(models, steps=120, learning_rate=8e-3)
 
 
 def test_it_leads_both_models_to_the_closed_form(models, fitted):
@@ -152,7 +152,7 @@ class SmallRun(Workspace):
             "cycle": {"joint_steps": 3},
             "flow": {"batch_size": 32, "learning_rate": 2e-3, "patience": 5},
             "force_field": {"relative_entropy_rounds": 0},
-            "potential": {"forcefield": []},
+            "potential": {"forcefield": [], "system": None},
             "system": {"name": "", "topology": Path("free.pdb")},
         }
         self.config = SimpleNamespace(

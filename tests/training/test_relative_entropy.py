@@ -311,7 +311,7 @@ def test_committee_with_a_wrong_prior_under_langevin_dynamics():
             friction_per_ps=5.0,
             compiled=False,
         ),
-        RelativeEntropySettings(rounds=3, steps=40, learning_rate=5e-3, n_replicas=160),
+        RelativeEntropySettings(rounds=4, steps=40, learning_rate=5e-3, n_replicas=256),
     )
     pairs = torch.zeros(len(GRID), 2, 3)
     pairs[:, 1, 2] = torch.from_numpy(GRID)

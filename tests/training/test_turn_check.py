@@ -43,7 +43,7 @@ def test_errors_are_those_of_the_surface_without_the_noise_of_the_labels(
 def test_labels_without_F_or_of_a_large_error_do_not_count():
     some = labels(4000, 6)
     poor = np.arange(4000) % 2 == 0
-    F = np.where(poor, some.free_energy + 3 * KT * np.sin(some.beads[:, 1]), some.free_energy)
+    F = some.free_energy + 60 * KT * poor * np.random.default_rng(7).normal(size=4000)
     variance = np.where(poor, (60 * KT) ** 2, some.free_energy_variance)
     found = _errors_of_surface(
         Surface(0.4), replace(some, free_energy=F, free_energy_variance=variance)

@@ -45,8 +45,8 @@ def flow(molecule) -> Backmapper:
         x, every, forces, energy, molecule.mean_force(beads), molecule.free_energy(beads)
     )
     settings = {"seed": 0, "learning_rate": 4e-3}
-    fit_flow(flow, frames, terms=LIKELIHOOD_ONLY, steps=250, batch_size=128, **settings)
-    fit_flow(flow, frames, terms=FlowLoss(), steps=80, batch_size=64, **settings)
+    fit_flow(flow, frames, terms=LIKELIHOOD_ONLY, steps=400, batch_size=256, **settings)
+    fit_flow(flow, frames, terms=FlowLoss(), steps=120, batch_size=64, **settings)
     return flow
 
 
@@ -109,7 +109,7 @@ def test_the_force_field_learns_the_free_energy_from_the_flow(molecule, flow):
         force_field = ForceField.from_data(
             molecule.cg_map, TEMPERATURE_K, beads, channels=4, n_layers=1
         )
-    settings = FitSettings(steps=250, batch_size=64, learning_rate=1e-2, evaluate_every=50)
+    settings = FitSettings(steps=500, batch_size=64, learning_rate=1e-2, evaluate_every=50)
     result = fit_force_field(force_field, *labels.split(), settings)
     beads = molecule.states(400, rng)
     energy, force = force_field.energy_and_forces(torch.from_numpy(beads).float())
