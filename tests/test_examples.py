@@ -209,12 +209,12 @@ def test_commands_for_ones_own_molecule(scripts, tmp_path, monkeypatch):
     for line in commands.splitlines():
         ccg, command, *arguments = shlex.split(line, comments=True)
         assert ccg == "ccg"
-        if command in ("train", "report"):  # minutes, and tested elsewhere
+        if command in ("train", "report", "free-energy"):  # minutes, and tested elsewhere
             arguments = ["--help"]
         result = CliRunner().invoke(app, [command, *arguments])
         assert result.exit_code == 0, result.output
         done.add(command)
-    assert done == {command.callback.__name__ for command in app.registered_commands}
+    assert done == {c.name or c.callback.__name__ for c in app.registered_commands}
     assert (tmp_path / "atoms.xtc").is_file()
 
 
