@@ -271,7 +271,7 @@ def test_same_bits_on_two_threads(target, frames):
     try:
         for _ in range(2):
             flow = copy.deepcopy(target)
-            settings = {"batch_size": 256, "learning_rate": 5e-3}
+            settings = {"batch_size": 512, "learning_rate": 5e-3}
             fit_flow(flow, frames, terms=LIKELIHOOD_ONLY, steps=2, seed=0, **settings)
             found.append(parameters(flow))
     finally:
