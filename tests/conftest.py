@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import ase.data
 import numpy as np
 import pytest
@@ -55,6 +57,14 @@ def _uncompiled():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CCG_COMPILE", "0")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible():
+    """A process that a shell starts in the background ignores SIGINT unless told otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_forces_and_energies_make_up_for_frames(chain, chain_frames):
     found = {}
     for terms in (LIKELIHOOD_ONLY, FlowLoss()):
         flow = copy.deepcopy(start)
-        fit_flow(flow, chain_frames[:100], terms=terms, steps=60, seed=0, **QUICK)
+        fit_flow(flow, chain_frames[:100], terms=terms, steps=40, seed=0, **QUICK)
         found[terms] = mean_nll(flow, held_out) - mean_nll(chain, held_out)
     before = mean_nll(start, held_out) - mean_nll(chain, held_out)
     assert 0 < found[FlowLoss()] < 0.3 * min(before, found[LIKELIHOOD_ONLY])
@@ -348,7 +348,7 @@ def test_a_force_field_learns_along_where_the_bead_force_is_unknown():
         flow,
         replace(frames, bead_force=None, free_energy=None),
         terms=FlowLoss(),
-        steps=120,
+        steps=80,
         batch_size=64,
         learning_rate=1e-2,
         seed=0,

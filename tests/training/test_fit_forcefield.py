@@ -144,7 +144,7 @@ def test_inverse_variance_pays():
     found = []
     for labels in (told, untold):
         force_field = fresh()
-        fit_force_field(force_field, labels, noisy(100, 4), FitSettings(steps=150, **QUICK))
+        fit_force_field(force_field, labels, noisy(100, 4), FitSettings(steps=100, **QUICK))
         found.append(errors(force_field))
     assert found[0][0] < 0.5 * found[1][0]
     assert found[0][1] < 0.5 * found[1][1]

@@ -16,9 +16,10 @@ from linear_gaussian import GaussianBackmapper
 from ccg_ase import ForceField
 from ccg_ase.energies import bead_energies
 from ccg_mda import Backmapper
-from ccg_training import learning
+from ccg_training.buffer import Buffer
 from ccg_training.consistency import check_consistency
 from ccg_training.figures import residual_histogram
+from ccg_training.fine_tuning import fine_tune
 from ccg_training.fit_flow import LIKELIHOOD_ONLY, FlowFrames, FlowLoss, fit_flow, mean_nll
 from ccg_training.fit_forcefield import FitSettings, fit_force_field
 from ccg_training.fit_joint import JointSettings, fit_joint
@@ -141,27 +142,41 @@ def test_a_loss_without_the_residual_is_refused(models):
 
 
 class SmallRun(Workspace):
-    """A run directory of this molecule, with what one iteration leaves there."""
+    """A run directory of this molecule, with what one turn leaves there."""
 
     def __init__(self, folder: Path, models: tuple[Backmapper, ForceField]) -> None:
         self.directory, self.cg_map, self.temperature_K = folder, MOLECULE.cg_map, 300.0
-        run = SimpleNamespace(seed=0)
-        cycle = SimpleNamespace(joint_steps=3, iterations=1)
-        flow = SimpleNamespace(batch_size=32, learning_rate=2e-3, patience=5)
-        potential = SimpleNamespace(forcefield=[])
-        system = SimpleNamespace(name="", topology=Path("free.pdb"))
+        self.device = torch.device("cpu")
+        sections = {
+            "run": {"seed": 0},
+            "cycle": {"joint_steps": 3},
+            "flow": {"batch_size": 32, "learning_rate": 2e-3, "patience": 5},
+            "force_field": {"relative_entropy_rounds": 0},
+            "potential": {"forcefield": [], "system": None},
+            "system": {"name": "", "topology": Path("free.pdb")},
+        }
         self.config = SimpleNamespace(
-            run=run, cycle=cycle, flow=flow, potential=potential, system=system
+            **{n: SimpleNamespace(**keys) for n, keys in sections.items()}
         )
         parts = dict(zip(("backmapper", "force_field"), models, strict=True))
         self.save(self.iteration(1) / "model.ccg", parts)
         rng = np.random.default_rng(6)
         samples = reconstruct(models[0], MOLECULE, MOLECULE.states(20, rng), 30, rng)
-        self.final.mkdir()
-        for file in (self.iteration(1) / "samples.npz", self.final / "samples.npz"):
-            samples.save(file)
-        Labels.from_samples(samples, np.ones(20, bool)).save(self.iteration(1) / "labels.npz")
+        samples.save(self.final(1) / "samples.npz")
+        labels, state = Labels.from_samples(samples), np.repeat(np.arange(20), 30)
+        labels.save(self.iteration(1) / "labels.npz")
         LABELS[:100].save(self.iteration(1) / "frame_labels.npz")
+        x, forces = (a.reshape(600, -1, 3) for a in (samples.positions, samples.forces))
+        Buffer(
+            beads=samples.beads[state],
+            positions=x,
+            forces=forces,
+            energy=samples.energy.ravel(),
+            weight=np.ones(600),
+            state=state,
+            bead_force=labels.force[state],
+            free_energy=labels.free_energy[state],
+        ).save(self.iteration(1) / "buffer.npz")
 
     @property
     def data(self) -> tuple[ReferenceData, ReferenceData]:
@@ -170,15 +185,14 @@ class SmallRun(Workspace):
 
 def test_the_stages_leave_models_and_residuals_and_can_be_repeated(models, tmp_path):
     run, stage = SmallRun(tmp_path, models), SimpleNamespace(update=lambda *a, **k: None)
-    before = run.model(1).states["force_field"]
-    first = learning.fit_joint(run, stage, 1)
-    after = run.model(1).states["force_field"]
+    first = fine_tune(run, stage, 1)
+    before, after = (model.states["force_field"] for model in (run.model(1), run.final_model(1)))
     assert not all(torch.equal(before[name], after[name]) for name in before)
     assert first["residual_error"] > 0
     # A repeated stage must not begin with its own result.
-    assert learning.fit_joint(run, stage, 1) == first
-    figures = check_consistency(run, stage)
-    stored = read_npz(run.final / "consistency.npz")
+    assert fine_tune(run, stage, 1) == first
+    figures = check_consistency(run, stage, 1)
+    stored = read_npz(run.final(1) / "consistency.npz")
     assert stored["forward"].shape == (len(HELD_OUT),)
     assert stored["reverse"].shape == (600,)
     assert figures["forward_rms"] == pytest.approx(np.sqrt(np.mean(stored["forward"] ** 2)))

@@ -205,11 +205,18 @@ def test_lengths_that_do_not_fit_are_an_error():
         ReportData(log_weights=np.zeros(3), energy_atomistic=np.zeros(4))
 
 
-def test_the_page_is_one_closed_file(good, tmp_path):
-    good.save(tmp_path / "report_data.npz")
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "fit", "nll": 69.8}\n{"stage": "cu')
-    (tmp_path / "config.toml").write_text("[system]\n# a < b\n")
-    page = write_report(tmp_path).read_text()
+@pytest.fixture(scope="module")
+def page(good, tmp_path_factory):
+    """The report of a run directory: its folder and text."""
+    folder = tmp_path_factory.mktemp("run")
+    good.save(folder / "report_data.npz")
+    (folder / "metrics.jsonl").write_text('{"stage": "fit", "nll": 69.8}\n{"stage": "cu')
+    (folder / "config.toml").write_text("[system]\n# a < b\n")
+    return folder, write_report(folder).read_text()
+
+
+def test_the_page_is_one_closed_file(page):
+    folder, page = page
     assert page.index("Trust this model") < page.index("<img")
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "two &lt;basins&gt;" in page
@@ -218,12 +225,11 @@ def test_the_page_is_one_closed_file(good, tmp_path):
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(images) == len(PLATES)
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
-    assert len(list((tmp_path / "figures").iterdir())) == len(PLATES)
+    assert len(list((folder / "figures").iterdir())) == len(PLATES)
 
 
-def test_tables_are_shown_where_there_are_rows(good, tmp_path):
-    good.save(tmp_path / "d.npz")
-    page = render(ReportData.load(tmp_path / "d.npz"), [])
+def test_tables_are_shown_where_there_are_rows(page):
+    _, page = page
     assert "Structure of the reconstructions" in page
     assert "<td>0.010%</td><td>0.20%</td><td>H1 &lt;and&gt; H2</td>" in page
     assert "0.1 ± 0.02 nats" in page

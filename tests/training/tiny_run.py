@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +72,7 @@ steering_ps = 0.01
 directory = "run"
 threads = 1
 """
-# A process that a shell starts in the background ignores SIGINT unless told otherwise.
-COMMAND = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from ccg_training.cli import main; main()"
-)
+COMMAND = "from ccg_training.cli import main; main()"
 
 
 def train(folder: Path, *options: str) -> Any:
@@ -87,6 +85,17 @@ def new_folder(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "cycle.toml").write_text(CONFIG)
     return folder
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Let no file of this process grow beyond some bytes."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
 def records(run: Path) -> list[dict]:
@@ -117,7 +126,7 @@ class Interrupted:
 
     def until(self, happened: Callable[[], bool], signal_number: int) -> tuple[int, str]:
         """Start or continue the run, signal it once, and return its exit code and messages."""
-        process = self._started(COMMAND)
+        process = self._started()
         try:
             deadline = time.monotonic() + 120
             while process.poll() is None and not happened() and time.monotonic() < deadline:
@@ -132,17 +141,10 @@ class Interrupted:
         """Remove all that the run has left."""
         shutil.rmtree(self.run)
 
-    def on_a_full_disk(self, room: int) -> tuple[int, str]:
-        """Continue where no file can grow beyond some bytes; return exit code and messages."""
-        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); "
-        process = self._started(limit + COMMAND)
-        _, messages = process.communicate(timeout=120)
-        return process.returncode, messages
-
-    def _started(self, command: str) -> subprocess.Popen:
+    def _started(self) -> subprocess.Popen:
         arguments = ["train", str(self.folder / "cycle.toml"), "--resume"]
         return subprocess.Popen(
-            [sys.executable, "-c", command, *arguments],
+            [sys.executable, "-c", COMMAND, *arguments],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
