@@ -38,7 +38,7 @@ class Cycle(Section):
         None, description="energy calls that labelling may spend in a turn"
     )
     highest_kT: PositiveFloat = Field(
-        12.0, description="torsions: states that lie higher above the lowest aren't looked for"
+        12.0, description="states that lie higher above the others aren't looked for"
     )
     restrained_ps: NonNegativeFloat = Field(
         1.0, description="dynamics at states where the flow can't be trusted: their length; 0: none"

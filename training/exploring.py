@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from ccg_ase.forcefield import ForceField
+from ccg_ase.run_checks import ExplodedError
 from ccg_mda.bead_sources import bead_universe
 from ccg_mda.flow import Backmapper
 from ccg_mda.transformation import backmap
@@ -21,16 +23,37 @@ from .sampling import ase_bead_dynamics
 from .stages import Metrics
 from .states import choose_states
 from .turn_labels import labels_of_turns
+from .turning import turn_dihedrals
 from .workspace import Workspace
 
 
 def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_steps: int) -> Metrics:
-    """Run bead dynamics on the force field of turn k - 1, from all that is known so far."""
+    """Run bead dynamics on the force field of turn k - 1, from all that is known so far.
+
+    And short dynamics that turn every dihedral all round, for states behind barriers.
+    """
     known = [workspace.cg_map.apply(workspace.data[0].positions)]
     if (labelled := labels_of_turns(workspace, range(1, k))) is not None:
         known.append(labelled.beads)
-    force_field = ForceField.from_model(workspace.model(k - 1))
-    return _dynamics(workspace, stage, force_field, np.concatenate(known), folder, n_steps, k)
+    force_field, states = ForceField.from_model(workspace.model(k - 1)), np.concatenate(known)
+    figures = _dynamics(workspace, stage, force_field, states, folder, n_steps, k)
+    settings = workspace.config.dynamics
+    try:
+        turn_dihedrals(
+            force_field,
+            states,
+            folder / "dynamics" / "turned.dcd",
+            n_replicas=settings.replicas,
+            n_steps=n_steps,
+            save_every=settings.save_every,
+            timestep_fs=settings.timestep_fs,
+            friction_per_ps=settings.friction_per_ps,
+            seed=workspace.seed(k, 16),
+        )
+    except ExplodedError as error:  # far from all data the force field may be anything
+        warnings.warn(f"no turned dihedrals in turn {k}: {error}", stacklevel=2)
+        figures["turned"] = False
+    return figures
 
 
 def sample_final_beads(workspace: Workspace, stage: Stage, k: int) -> Metrics:

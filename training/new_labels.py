@@ -9,6 +9,7 @@ import numpy as np
 
 from ccg_ase.energies import bead_energies
 from ccg_ase.forcefield import ForceField
+from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
 from . import evaluation
@@ -83,15 +84,22 @@ def free_energy_before(workspace: Workspace, k: int) -> FreeEnergy | None:
 
 
 def _states(workspace: Workspace, stage: Stage, k: int) -> np.ndarray:
-    """Choose among the bead states that dynamics led to, those of hotter rungs included."""
+    """Choose among the bead states that dynamics led to, with hotter rungs and turned dihedrals.
+
+    Of these, such as lie too high above the ensemble are left out.
+    """
     settings, folder = workspace.config.cycle, workspace.iteration(k) / "dynamics"
-    visited = [
+    force_field = ForceField.from_model(workspace.model(k - 1))
+    ensemble, *further = (
         evaluation.dcd_frames(path)
-        for path in (folder / "beads.dcd", folder / "hot.dcd")
+        for path in (folder / name for name in ("beads.dcd", "hot.dcd", "turned.dcd"))
         if path.exists()
-    ]
-    visited = np.concatenate(visited)
-    spread = committee_spread(ForceField.from_model(workspace.model(k - 1)), visited)
+    )
+    usual = np.median(bead_energies(force_field, ensemble)[0])
+    highest = usual + settings.highest_kT * thermal_energy(workspace.temperature_K)
+    low = [states[bead_energies(force_field, states)[0] <= highest] for states in further]
+    visited = np.concatenate([ensemble, *low])
+    spread = committee_spread(force_field, visited)
     if spread is None and settings.uncertain:
         stage.update(note="the force field has one member: diverse states instead of uncertain")
     labelled = labels_of_turns(workspace, range(1, k))

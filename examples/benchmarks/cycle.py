@@ -50,7 +50,7 @@ hops = 4
 [reference]
 source = "structure"
 hot_time_ps = 150
-n_states = 250
+n_states = 200
 relaxation_ps = 0.5
 restrained_ps = 1.0
 save_every_fs = 20
@@ -61,6 +61,7 @@ learning_rate = 4e-3
 steps = 1200
 [cycle]
 iterations = 3
+max_samples = 256
 [stop]
 """
 CHIGNOLIN = """

@@ -1,0 +1,81 @@
+"""Bead states that dynamics wouldn't reach in time: every dihedral of the beads, turned all round.
+
+Replicas of the bead system are held at dihedrals drawn from the whole circle. It costs no energy
+calls, and shows what the force field makes of basins behind barriers, where nobody has been: the
+labels there tell whether it is right.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ccg_ase.forcefield import ForceField
+from ccg_ase.langevin import BatchedLangevin
+from ccg_ase.restraints import DihedralRestraint
+from ccg_ase.torsion_map import dihedral_angles
+
+from .sampling import write_dcd
+
+_STIFFNESS = 1.0  # eV/rad²: some 10° of spread at room temperature
+
+
+def turn_dihedrals(
+    force_field: ForceField,
+    known: np.ndarray,
+    path: str | os.PathLike[str],
+    *,
+    n_replicas: int,
+    n_steps: int,
+    save_every: int,
+    timestep_fs: float = 4.0,
+    friction_per_ps: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Run replicas, each with one dihedral held anywhere on the circle, and write their frames.
+
+    Replica r holds dihedral r modulo their number, in random order, at an angle drawn evenly: the
+    circle is cut into as many arcs as there are replicas of that dihedral. It starts from the known
+    state whose dihedral is nearest.
+
+    Parameters
+    ----------
+    force_field
+        The bead potential.
+    known
+        States to start from, (N, n_beads, 3), Å.
+    path
+        DCD file to write, atomically; of beads without a dihedral, nothing is written.
+    n_replicas, n_steps, save_every
+        Replicas, steps of each, and steps between frames, which divide the steps; the first half
+        isn't stored.
+    timestep_fs, friction_per_ps, seed
+        Of the dynamics.
+    """
+    dihedrals = force_field.cg_map.beads.dihedrals()
+    if not len(dihedrals) or Path(path).exists():
+        return
+    rng = np.random.default_rng(seed)
+    held = rng.permutation(len(dihedrals))[np.arange(n_replicas) % len(dihedrals)]
+    turn = np.arange(n_replicas) // len(dihedrals)  # number of the replica among those of its own
+    arcs = np.bincount(held, minlength=len(dihedrals))[held]
+    centre = 2 * np.pi * (turn + rng.random(n_replicas)) / arcs - np.pi
+    apart = dihedral_angles(known, dihedrals)[:, held] - centre
+    nearest = np.abs((apart + np.pi) % (2 * np.pi) - np.pi).argmin(0)
+    # One restraint over all dihedrals, of which each replica feels its own.
+    stiffness = np.zeros((n_replicas, len(dihedrals)))
+    stiffness[np.arange(n_replicas), held] = _STIFFNESS
+    dynamics = BatchedLangevin(
+        force_field,
+        timestep_fs=timestep_fs,
+        friction_per_ps=friction_per_ps,
+        seed=seed,
+        restraints=[DihedralRestraint(dihedrals, centre[:, None], stiffness)],
+        device=force_field.device,
+    )
+    half = n_steps // 2 // save_every * save_every
+    dynamics.run(known[nearest], half, max(1, half))
+    frames = dynamics.run(None, n_steps - half, save_every).beads
+    write_dcd(path, frames, timestep_fs * save_every)
