@@ -92,6 +92,15 @@ class Cycle(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _enough_frames(self) -> Cycle:
+        if 0 < 1e3 * self.restrained_ps < 10 * self.restrained_every_fs:
+            raise fault(
+                f"restrained_ps = {self.restrained_ps:g} gives fewer than ten frames at "
+                f"restrained_every_fs = {self.restrained_every_fs}, too few for an error bar"
+            )
+        return self
+
 
 class Stop(Section):
     """When the loop ends before its last turn: budgets, and targets at states not yet labelled."""

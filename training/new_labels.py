@@ -13,6 +13,7 @@ from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
 
 from . import evaluation
+from .buffer import Buffer
 from .labelling import LabelSettings, label
 from .progress import Stage
 from .reference import write_npz
@@ -62,7 +63,7 @@ def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | No
             seed=workspace.seed(k, 9),
         ),
         held_out=workspace.data[1],
-        restraint=_restraint(workspace),
+        restraint=_restraint(workspace, k),
         guess=None if known is None else lambda s: known(s)[1],
         progress=stage.update,
     )
@@ -146,8 +147,8 @@ def _torsion_states(workspace: Workspace, k: int, known: TorsionSurface | None) 
     return np.concatenate([visited[chosen], candidates[new]])
 
 
-def _restraint(workspace: Workspace) -> Restraint | None:
-    """Return restrained dynamics from the stored frames; None where none are wanted."""
+def _restraint(workspace: Workspace, k: int) -> Restraint | None:
+    """Return restrained dynamics from all frames before turn k; None where none are wanted."""
     settings, reference = workspace.config.cycle, workspace.config.reference
     if not settings.restrained_ps:
         return None
@@ -180,4 +181,6 @@ def _restraint(workspace: Workspace) -> Restraint | None:
         )
 
     calls = steering + equilibration + steps + steps // every
-    return Restraint(run, calls, workspace.data[0].positions)
+    frames = [workspace.data[0].positions]
+    frames += [Buffer.load(workspace.iteration(i) / "buffer.npz").positions for i in range(1, k)]
+    return Restraint(run, calls, np.concatenate(frames))
