@@ -55,7 +55,8 @@ def inflation(log_weight: np.ndarray) -> np.ndarray:
         l, (S, K).
     """
     ess = cautious_ess(log_weight)
-    ratio = effective_sample_size(log_weight, axis=1) / np.where(ess > 0, ess, 1.0)
+    with np.errstate(over="ignore"):
+        ratio = effective_sample_size(log_weight, axis=1) / np.where(ess > 0, ess, 1.0)
     return np.where(ess > 0, ratio, 1.0)
 
 

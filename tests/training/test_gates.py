@@ -186,3 +186,11 @@ def test_each_state_is_judged_by_the_frames_near_it(ala2_beads, ala2_map):
     assert not failed[outside].any()
     assert inside.sum() > 5
     assert outside.sum() > 5
+
+
+def test_weights_that_are_nearly_all_zero_overflow_without_a_warning():
+    log_weight = np.concatenate([[0.0], np.full(63, -212.0)])[None]
+    assert 0 < cautious_ess(log_weight)[0] < 1e-300
+    assert needed_samples(log_weight, np.array([100.0]), Gates())[0] == np.inf
+    assert verdicts(log_weight, np.array([100.0]), Gates())[0] == "restrain"
+    assert inflation(log_weight)[0] > 1e200
