@@ -63,8 +63,9 @@ def check_turn(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         found |= _errors_of_force_field(force_fields[0], labels)
         _, judged = force_field_labels(workspace, k)
         old, new = (evaluate_force_field(model, judged) for model in force_fields)
-        excess = [max(figures["loss"] - figures["loss_noise"], 0.0) for figures in (old, new)]
-        gained = 1.0 - excess[1] / excess[0] if excess[0] > 0 else 0.0
+        excess = old["loss"] - old["loss_noise"]
+        # Noise that is overestimated may be more than the whole loss: then a share of that.
+        gained = (old["loss"] - new["loss"]) / (excess if excess > 0 else old["loss"])
         parts["force_field"] = force_fields[gained > 0]
         found["force_field_gain"] = gained
         told.append(_of_force_field(gained, len(judged)))

@@ -135,11 +135,12 @@ def test_a_turn_that_makes_models_worse_leaves_them_as_they_were(whole, tmp_path
     workspace = Workspace(Config.load(tmp_path / "cycle.toml"))
     folders = [workspace.iteration(k) for k in (0, 1)]
     models = {"flow": Backmapper, "force_field": ForceField}
+    noise = torch.Generator().manual_seed(0)
     for name, kind in models.items():
         spoilt = kind.from_model(load_model(folders[0] / "model.ccg"))
         with torch.no_grad():
             for weights in spoilt.parameters():
-                weights += 0.3 * torch.randn_like(weights)
+                weights += 0.3 * torch.randn(weights.shape, generator=noise)
         part = {"flow": "backmapper"}.get(name, name)
         workspace.save(folders[1] / f"{name}.ccg", {part: spoilt})
     with Progress(quiet=True).stage("turn check") as stage:
