@@ -84,20 +84,23 @@ def _dynamics(
     )
     beads = known[np.random.default_rng(seed).permutation(np.resize(starts, settings.replicas))]
     figures: Metrics = {}
+    common = {
+        "n_steps": n_steps,
+        "save_every": settings.save_every,
+        "timestep_fs": settings.timestep_fs,
+        "friction_per_ps": settings.friction_per_ps,
+        "seed": seed,
+    }
     if settings.driver == "replica-exchange":
         frames, acceptance = exchange_bead_dynamics(
             force_field,
             beads,
             folder / "dynamics",
-            n_steps=n_steps,
-            save_every=settings.save_every,
             hot_temperature_K=settings.hot_temperature_K,
             n_rungs=settings.rungs,
             exchange_every=settings.exchange_every,
-            timestep_fs=settings.timestep_fs,
-            friction_per_ps=settings.friction_per_ps,
-            seed=seed,
             progress=stage.update,
+            **common,
         )
         figures["exchange_acceptance"] = float(np.nanmin(acceptance))
     else:
@@ -105,15 +108,11 @@ def _dynamics(
             force_field,
             beads,
             folder / "dynamics",
-            n_steps=n_steps,
-            save_every=settings.save_every,
             driver=settings.driver,
-            timestep_fs=settings.timestep_fs,
-            friction_per_ps=settings.friction_per_ps,
-            seed=seed,
             progress=lambda done, total, values: stage.update(
                 done, total, f"{values['temperature_K']:.0f} K"
             ),
+            **common,
         )
     longest = evaluation.longest_bond(frames, workspace.cg_map)
     return figures | {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}

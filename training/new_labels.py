@@ -43,15 +43,18 @@ def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | No
         Energy calls that are left to it; None: no limit.
     """
     settings, folder = workspace.config.cycle, workspace.iteration(k)
-    known = free_energy_before(workspace, k)
-    states = (
-        _torsion_states(workspace, k, known)
-        if workspace.by_torsions
-        else _states(workspace, stage, k)
-    )
+    before = workspace.model(k - 1)
+    known: FreeEnergy | None  # what was known of F(s): nothing over torsions without a label of F
+    if workspace.by_torsions:
+        known = surface_of_turns(workspace, range(1, k))
+        states = _torsion_states(workspace, k, known)
+    else:
+        force_field = ForceField.from_model(before)
+        known = partial(bead_energies, force_field)
+        states = _states(workspace, stage, k, force_field)
     limits = [limit for limit in (max_calls, settings.max_calls_per_turn) if limit is not None]
     found = label(
-        Backmapper.from_model(workspace.model(k - 1)),
+        Backmapper.from_model(before),
         workspace.potential,
         states,
         folder / "labelling",
@@ -74,23 +77,12 @@ def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | No
     return found.figures()
 
 
-def free_energy_before(workspace: Workspace, k: int) -> FreeEnergy | None:
-    """Return what was known of F(s) before turn k: the force field, or a surface over torsions.
-
-    None for torsions without a label of F.
-    """
-    if workspace.by_torsions:
-        return surface_of_turns(workspace, range(1, k))
-    return partial(bead_energies, ForceField.from_model(workspace.model(k - 1)))
-
-
-def _states(workspace: Workspace, stage: Stage, k: int) -> np.ndarray:
+def _states(workspace: Workspace, stage: Stage, k: int, force_field: ForceField) -> np.ndarray:
     """Choose among the bead states that dynamics led to, with hotter rungs and turned dihedrals.
 
     Of these, such as lie too high above the ensemble are left out.
     """
     settings, folder = workspace.config.cycle, workspace.iteration(k) / "dynamics"
-    force_field = ForceField.from_model(workspace.model(k - 1))
     ensemble, *further = (
         evaluation.dcd_frames(path)
         for path in (folder / name for name in ("beads.dcd", "hot.dcd", "turned.dcd"))
@@ -153,12 +145,11 @@ def _restraint(workspace: Workspace, k: int) -> Restraint | None:
     if not settings.restrained_ps:
         return None
     potential = openmm_potential_of(workspace.config)
-    steps, every, steering, equilibration = (
-        round(time / reference.timestep_fs)
-        for time in (
+    steps, every, steering = (
+        round(time_fs / reference.timestep_fs)
+        for time_fs in (
             1e3 * settings.restrained_ps,
             settings.restrained_every_fs,
-            1e3 * settings.steering_ps,
             1e3 * settings.steering_ps,
         )
     )
@@ -174,13 +165,13 @@ def _restraint(workspace: Workspace, k: int) -> Restraint | None:
             n_steps=steps - steps % every,
             save_every=every,
             steering_steps=steering,
-            equilibration_steps=equilibration,
+            equilibration_steps=steering,
             timestep_fs=reference.timestep_fs,
             workers=min(reference.walkers, max(1, len(targets) // _STATES_PER_PROCESS)),
             seed=seed,
         )
 
-    calls = steering + equilibration + steps + steps // every
+    calls = 2 * steering + steps + steps // every
     frames = [workspace.data[0].positions]
     frames += [Buffer.load(workspace.iteration(i) / "buffer.npz").positions for i in range(1, k)]
     return Restraint(run, calls, np.concatenate(frames))

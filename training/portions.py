@@ -141,9 +141,12 @@ class _Work:
                 samples = samples.with_more(self._drawn(open_, samples.energy.shape[1]))
 
     def _drawn(self, index: np.ndarray, n_samples: int) -> Samples:
-        return reconstruct(
-            self.tools.backmapper, self._counted(PLAIN), self.states[index], n_samples, self.rng
+        # Counted from the result: other processes may share the work.
+        samples = reconstruct(
+            self.tools.backmapper, self.tools.potential, self.states[index], n_samples, self.rng
         )
+        self._spend(PLAIN, samples.n_calls)
+        return samples
 
     def _conclude(
         self, index: np.ndarray, samples: Samples, variance: np.ndarray, verdict: np.ndarray
@@ -179,7 +182,7 @@ class _Work:
         index = waiting[: self._affordable(len(waiting), annealing_calls(K, tools.gates))]
         if not len(index):
             return
-        flow, states, potential = tools.backmapper, self.states[index], self._counted(ANNEALED)
+        flow, states, potential = tools.backmapper, self.states[index], self._counted
         self.verdict[index] = RESTRAIN
         try:
             path = tune_path(
@@ -259,14 +262,10 @@ class _Work:
         self.calls[kind] += n_calls
         self.left -= n_calls
 
-    def _counted(self, kind: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """Return the potential; its calls are booked, those of a path that is given up as well."""
-
-        def potential(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            self._spend(kind, len(positions))
-            return self.tools.potential(positions)
-
-        return potential
+    def _counted(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate the potential for annealing; calls of a path that is given up count as well."""
+        self._spend(ANNEALED, len(positions))
+        return self.tools.potential(positions)
 
 
 def annealing_calls(n_samples: int, gates: Gates) -> int:
