@@ -26,7 +26,7 @@ import openmm
 import surface
 from simulate import folder
 from surface import Curve, Reference
-from systems import ALANINE_BEADS, load
+from systems import ALANINE_BEADS, chignolin_start, load
 
 from ccg_ase.checkpoint import load_model
 from ccg_ase.forcefield import ForceField
@@ -197,13 +197,13 @@ def labels(runs: Path, args: argparse.Namespace) -> None:
 
 
 def chignolin(runs: Path, args: argparse.Namespace) -> None:
-    """Run the cycle on chignolin with GBSA, from its first structure, within two hours."""
-    where, system = runs / "cycle" / "chignolin", load("chignolin", None, runs)
+    """Run the cycle on chignolin with GBSA, from its folded structure, within two hours."""
+    where = runs / "cycle" / "chignolin"
     where.mkdir(parents=True, exist_ok=True)
     if not (where / "cycle.toml").exists():
-        system.universe.atoms.write(str(where / "chignolin.pdb"), bonds="all")
-        xml = openmm.XmlSerializer.serialize(system.potential.system)
-        (where / "system.xml").write_text(xml)
+        universe, potential = chignolin_start(folder(None, "CCG_DATA"))
+        universe.atoms.write(str(where / "chignolin.pdb"), bonds="all")
+        (where / "system.xml").write_text(openmm.XmlSerializer.serialize(potential.system))
         (where / "cycle.toml").write_text(CHIGNOLIN)
     ccg("train", where / "cycle.toml", "--resume")
 

@@ -124,8 +124,7 @@ def chignolin(public: Path, runs: Path) -> System:
     """CLN025 with GBSA-OBC, Cα beads, 300 K; held out: two whole walkers."""
     frames = ReferenceData.load(runs / "chignolin.npz")
     held = np.isin(frames.walker, CHIGNOLIN_HELD_OUT)
-    system, topology = simulate.chignolin_system(public)
-    universe = universe_from(_topology(topology, system), frames.positions[:1])
+    universe, potential = chignolin_start(public)
     return System(
         name="chignolin",
         cg_map=cg_map(universe, "ca"),
@@ -133,8 +132,15 @@ def chignolin(public: Path, runs: Path) -> System:
         data=frames[~held],
         held_out=frames[held],
         universe=universe,
-        potential=OpenMMPotential(system),
+        potential=potential,
     )
+
+
+def chignolin_start(public: Path) -> tuple[Universe, OpenMMPotential]:
+    """Return the folded structure of CLN025 and its energies."""
+    system, topology = simulate.chignolin_system(public)
+    start = simulate.start_nm(public / "pccg" / "cln025.prmcrd") * units.nm
+    return universe_from(_topology(topology, system), start[None]), OpenMMPotential(system)
 
 
 def adenylate_kinase(public: Path, runs: Path) -> System:
