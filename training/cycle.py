@@ -32,7 +32,7 @@ from torch import nn
 from ccg_ase.forcefield import ForceField
 from ccg_mda.flow import Backmapper
 
-from . import evaluation, exploring, flow_stages, force_field_stages
+from . import exploring, flow_stages, force_field_stages
 from .config import Config
 from .consistency import check_consistency
 from .data_check import check
@@ -42,6 +42,7 @@ from .new_labels import label_states
 from .progress import Progress, Stage
 from .reference import ReferenceData, read_npz, reference_data, trajectory_of
 from .report import write_report
+from .report_arrays import collect
 from .stages import Metrics, Stages
 from .stopping import Stop, calls_left, stop
 from .turn_check import check_turn, turn_row
@@ -102,18 +103,18 @@ def _run_stages(workspace: Workspace, progress: Progress) -> None:
     run("end of the loop", _end_loop, k, end=end, progress=progress)
     if by_torsions:
         run("labels on frames", force_field_stages.label_frames, k, k=k)
-        run("model", _write_model, k, k=k, records=stages.records)
-        progress.message(
-            "torsions as coarse variables have no bead force field: F over them is mapped by "
-            f"ccg free-energy {workspace.directory / 'model.ccg'}; no report is drawn"
-        )
-        return
-    run("fine-tuning", fine_tune, k, k=k)
-    run("final bead dynamics", exploring.sample_final_beads, k, k=k)
-    run("final reconstruction", exploring.reconstruct_ensemble, k, k=k)
-    run("consistency", check_consistency, k, k=k)
+    else:
+        run("fine-tuning", fine_tune, k, k=k)
+        run("final bead dynamics", exploring.sample_final_beads, k, k=k)
+        run("final reconstruction", exploring.reconstruct_ensemble, k, k=k)
+        run("consistency", check_consistency, k, k=k)
     run("held-out check", exploring.check_held_out, k, k=k)
     run("report", _write_report, k, k=k, records=stages.records)
+    if by_torsions:
+        progress.message(
+            "torsions as coarse variables have no bead force field: F over them is mapped by "
+            f"ccg free-energy {workspace.directory / 'model.ccg'}"
+        )
 
 
 def _get_reference(workspace: Workspace, stage: Stage) -> Metrics:
@@ -150,8 +151,8 @@ def _end_loop(workspace: Workspace, stage: Stage, end: Stop, progress: Progress)
     return {"reason": end.reason, "told": end.sentence}
 
 
-def _write_model(workspace: Workspace, stage: Stage, records: list[Metrics], k: int) -> Metrics:
-    """Write the final model, after turn k, with its figures."""
+def _write_report(workspace: Workspace, stage: Stage, records: list[Metrics], k: int) -> Metrics:
+    """Write the final model, after turn k, with its figures, and the report."""
     del stage
     figures = {
         f"{record['stage']}: {name}": record[name]
@@ -160,17 +161,11 @@ def _write_model(workspace: Workspace, stage: Stage, records: list[Metrics], k: 
         for name in record
         if name.startswith(("ess", "label_variance", "variance_ratio", "lnZ_gap", "nll"))
     }
-    model = workspace.model(k) if workspace.by_torsions else workspace.final_model(k)
+    model = workspace.final_model(k)
     parts: dict[str, nn.Module] = {"backmapper": Backmapper.from_model(model)}
     if not workspace.by_torsions:
         parts["force_field"] = ForceField.from_model(model)
     workspace.save(workspace.directory / "model.ccg", parts, figures)
-    return {}
-
-
-def _write_report(workspace: Workspace, stage: Stage, records: list[Metrics], k: int) -> Metrics:
-    """Write the final model with its figures, and the report."""
-    _write_model(workspace, stage, records, k)
-    evaluation.report_data(workspace, records, k).save(workspace.directory / "report_data.npz")
+    collect(workspace, records, k).save(workspace.directory / "report_data.npz")
     write_report(workspace.directory)
     return {}

@@ -25,17 +25,11 @@ from .estimators import (
     label_variance,
     to_kJ_per_mol,
 )
-from .metrics import independent_samples
 from .reconstruction import Samples, pull_back_frames, reconstruct
-from .reference import ReferenceData, read_npz
-from .report_data import ReportData
-from .states import internal_coordinates
-from .stopping import calls_spent, records_upto
-from .turn_check import turn_row
+from .reference import ReferenceData
 
 if TYPE_CHECKING:
-    from .stages import Metrics
-    from .workspace import Workspace
+    pass
 
 RARE_KT = 4.0  # a state is rare if its torsion bin lies this much above the most populated one
 _TORSION_BINS = 24
@@ -179,111 +173,3 @@ def held_out_check(
         **structure.summary(),
     }
     return arrays, figures
-
-
-def report_data(workspace: Workspace, records: list[Metrics], k: int) -> ReportData:
-    """Collect the arrays behind the report of a finished run, and the records of its stages."""
-    config, cg_map, final = workspace.config, workspace.cg_map, workspace.final(k)
-    train, held_out = workspace.data
-    reference = cg_map.apply(np.concatenate([train.positions, held_out.positions]))
-    # What is compared with the model's populations: nothing, where those of the frames are biased.
-    compared = reference[: 0 if train.biased else None]
-    energies = np.concatenate([train.energy, held_out.energy])
-    visited = dcd_frames(final / "dynamics" / "beads.dcd")
-    samples = Samples.load(final / "samples.npz")
-    levels = two_levels(samples, ForceField.from_model(workspace.final_model(k)))
-    log_weights = levels.log_w
-    kept = np.isfinite(log_weights)
-    check = read_npz(final / "held_out.npz")
-    residual = read_npz(final / "consistency.npz")
-    ess, iteration, rare = [], [], []
-    for turn in range(1, k + 1):
-        table = read_npz(workspace.iteration(turn) / "states.npz")
-        seen = np.isfinite(table["ess"])
-        ess.append(table["ess"][seen])
-        iteration.append(np.full(len(ess[-1]), turn))
-        rare.append(rare_states(table["beads"][seen], reference, cg_map))
-    of_beads = {"reference": compared, "beads": visited}
-    internals = {name: internal_coordinates(v, cg_map.beads) for name, v in of_beads.items()}
-    names = cg_map.beads.names
-    shown = int(np.argmax(effective_sample_size(samples.log_weight, axis=1)))
-    chain = cg_map.beads.dihedrals()[:2]
-    atom_torsions = np.repeat(torsions(samples.beads, cg_map), samples.energy.shape[1], axis=0)
-    rungs = config.dynamics.rungs if config.dynamics.driver == "replica-exchange" else 1
-    replicas = config.dynamics.replicas // rungs
-    return ReportData(
-        name=config.system.name,
-        temperature_K=workspace.temperature_K,
-        torsion_names=tuple("-".join(names[i] for i in quadruple) for quadruple in chain),
-        biased=train.biased,
-        torsions_reference=torsions(compared, cg_map),
-        torsions_beads=torsions(visited, cg_map),
-        torsions_atomistic=atom_torsions[kept],
-        log_weights=log_weights[kept],
-        atomistic_state=np.repeat(np.arange(len(samples.beads)), samples.energy.shape[1])[kept],
-        independent_reference=_independent(torsions(compared, cg_map), 1),
-        independent_beads=_independent(torsions(visited, cg_map), replicas),
-        bond_names=_named(names, cg_map.beads.bonds),
-        bonds_reference=internals["reference"].bonds,
-        bonds_beads=internals["beads"].bonds,
-        angle_names=_named(names, cg_map.beads.angles()),
-        angles_reference=internals["reference"].angles,
-        angles_beads=internals["beads"].angles,
-        energy_reference=energies[: len(compared)],
-        energy_atomistic=samples.energy.ravel()[kept],
-        ess=np.concatenate([*ess, check["ess"]]),
-        ess_iteration=np.concatenate([*iteration, np.full(len(check["ess"]), len(ess) + 1)]),
-        ess_rare=np.concatenate([*rare, check["rare"]]),
-        ess_labels=(*map(str, range(1, len(ess) + 1)), "held out"),
-        label_variance_slice=check.get("slice_variance", np.zeros(0)),
-        label_variance=check["label_variance"],
-        weight_table=check["weight_table"],
-        structure_table=check["structure_table"],
-        coverage_table=check["coverage_table"],
-        residual_forward=residual["forward"],
-        residual_reverse=residual["reverse"],
-        **_history(records, k),
-        stage_names=tuple(r["stage"] for r in records),
-        stage_iteration=np.array([r["iteration"] for r in records]),
-        stage_seconds=np.array([r["seconds"] for r in records]),
-        stage_calls=np.array([r["calls"] for r in records]),
-        picture_beads=samples.beads[shown],
-        picture_bead_bonds=cg_map.beads.bonds,
-        picture_atoms=samples.positions[shown],
-        picture_atom_bonds=cg_map.atoms.bonds,
-        picture_elements=cg_map.atoms.elements,
-    )
-
-
-def _history(records: list[Metrics], k: int) -> dict[str, Any]:
-    """Collect what the report tells of the turns of the loop, and why it ended."""
-    by_name = {(record["stage"], record["iteration"]): record for record in records}
-    turns = range(1, k + 1)
-
-    def column(stage: str, figure: str) -> np.ndarray:
-        return np.array([by_name[stage, i][figure] for i in turns], dtype=float)  # None: NaN
-
-    end = by_name["end of the loop", k]
-    return {
-        "turn_table": np.array([[str(i), *turn_row(records, i).values()] for i in turns], str),
-        "turn_calls": np.array([calls_spent(records_upto(records, i)) for i in turns]),
-        "turn_ess": column("labels at new states", "ess_mean"),
-        "turn_free_energy_error": column("turn check", "new_F_error_kT"),
-        "turn_force_error": column("turn check", "new_force_error"),
-        "end_of_loop": (end["reason"], end["told"]),
-    }
-
-
-def _named(names: tuple[str, ...], terms: np.ndarray) -> tuple[str, ...]:
-    return tuple("-".join(names[i] for i in term) for term in terms)
-
-
-def _independent(angles: np.ndarray, n_series: int) -> float:
-    """Independent samples behind torsion series laid end to end: the least of all torsions."""
-    if not angles.size:
-        return 0.0
-    per_series = [
-        sum(independent_samples(part) for part in np.array_split(np.cos(column), n_series))
-        for column in angles.T
-    ]
-    return float(min(per_series))

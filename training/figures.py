@@ -123,6 +123,42 @@ def _profiles(panels: list[tuple[str, np.ndarray, str]], names: tuple[str, ...])
     return figure
 
 
+def surface_maps(data: ReportData) -> Figure | None:
+    """Free energy over one or two torsions between labels, and its standard error."""
+    F, error, labels = data.surface, data.surface_error, data.surface_labels
+    if not F.size:
+        return None
+    if F.ndim == 1:
+        figure = new_figure(6.5, 3.2)
+        axes = figure.subplots()
+        centres = (np.arange(len(F)) + 0.5) / len(F) * 2 * np.pi - np.pi
+        axes.plot(centres, F, color=ATOMS, lw=1.8)
+        axes.fill_between(centres, F - 2 * error, F + 2 * error, color=ATOMS, alpha=0.25, lw=0)
+        axes.plot(labels[:, 0], np.zeros(len(labels)), ".", color=REFERENCE, ms=3, clip_on=False)
+        axes.set_ylabel("F (kT), band: 2 standard errors")
+        tidy(axes)
+        _degrees(axes, data.torsion_names)
+        return figure
+    figure = new_figure(7.6, 3.4)
+    extent = (-np.pi, np.pi, -np.pi, np.pi)
+    for axes, values, most, colours, name in zip(
+        figure.subplots(1, 2),
+        (F, error),
+        (1.5 * DEEPEST, 1.0),
+        ("viridis", "magma"),
+        ("F (kT)", "standard error (kT)"),
+        strict=True,
+    ):
+        image = axes.imshow(
+            values.T, origin="lower", extent=extent, vmin=0, vmax=most, cmap=colours
+        )
+        figure.colorbar(image, ax=axes, label=name, extend="max", shrink=0.9)
+        axes.plot(*labels.T, ".", color="white", ms=1.5)
+        tidy(axes)
+        _degrees(axes, data.torsion_names)
+    return figure
+
+
 def _overlay(
     axes: Axes,
     samples: list[tuple[str, np.ndarray, np.ndarray | None, str]],
@@ -246,7 +282,7 @@ def residual_histogram(data: ReportData) -> Figure | None:
 
 
 def effective_sizes(data: ReportData) -> Figure | None:
-    """Effective sample size per bead state: histogram, and over the iterations."""
+    """Effective sample size per state: histogram, and over the iterations."""
     if not data.ess.size:
         return None
     rare = data.ess_rare.astype(bool) if data.ess_rare.size else np.zeros(len(data.ess), bool)
@@ -277,7 +313,7 @@ def effective_sizes(data: ReportData) -> Figure | None:
         )
         right.plot(numbers + offset, means, color=colour, lw=1, ls="--")
     which = data.ess_labels[-1] if data.ess_labels else "last iteration"
-    left.set_xlabel(f"effective sample size per bead state ({which})")
+    left.set_xlabel(f"effective sample size per state ({which})")
     left.set_ylabel("share of states")
     left.set_xlim(0, 1)
     right.set_xlabel("iteration")

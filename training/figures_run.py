@@ -90,7 +90,7 @@ def history(data: ReportData) -> Figure | None:
     """Draw errors at new states, and effective sample sizes there, against energy calls."""
     panels = (
         (data.turn_free_energy_error, "error of F (kT)", BEADS),
-        (data.turn_force_error, "error of the mean force (eV/Å)", BEADS),
+        (data.turn_force_error, "error of the mean force (eV/Å, eV/rad)", BEADS),
         (data.turn_ess, "effective sample size", ATOMS),
     )
     if len(data.turn_calls) < 2:

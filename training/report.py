@@ -54,6 +54,13 @@ PLATES = (
         figures.free_energy_maps,
     ),
     Plate(
+        "surface",
+        "Free energy between the labels",
+        "A Gaussian process over the labels of all turns, zero at the minimum, and its standard "
+        "error. Dots: labels with a free energy; where there is none nearby, nothing is known.",
+        figures.surface_maps,
+    ),
+    Plate(
         "internals",
         "Bonds, angles and torsions of the beads",
         "Grey: reference data. Red: bead dynamics with the trained force field.",
@@ -68,7 +75,7 @@ PLATES = (
     ),
     Plate(
         "effective_sample_size",
-        "Effective sample size per bead state",
+        "Effective sample size per state",
         "1 means that every reconstruction counts in full. Rare regions are shown by themselves, "
         "since an average hides them. Dashed lines are means.",
         figures.effective_sizes,
@@ -122,7 +129,7 @@ TABLES = (
         "Figures at the states that a turn labelled are those of the models before it. A fit that "
         "gains nothing on held-out data leaves its model as it was.",
         (
-            *("turn", "states", "accepted", "ESS", "F off by (kT)", "force off by (eV/Å)"),
+            *("turn", "states", "accepted", "ESS", "F off by (kT)", "force off by (eV/Å, eV/rad)"),
             *("flow gained (nats)", "force field gained", "energy calls so far", "minutes"),
         ),
     ),

@@ -29,6 +29,9 @@ class ReportData:
     biased
         Whether the reference data are biased along the coarse variables: their populations say
         nothing then, and the arrays of the reference are left empty.
+    by_torsions
+        Whether torsions are the coarse variables: then there is no bead force field, and what
+        concerns one is left empty.
     torsion_names
         One or two names, e.g. ``("φ  C-N-CA-C", "ψ  N-CA-C-N")``: bead torsions that the free
         energy is drawn over.
@@ -42,6 +45,9 @@ class ReportData:
         state are not independent: errors and noise floors count states. Empty: all are different.
     independent_reference, independent_beads
         Independent samples behind the first two (0: taken as uncorrelated); set the noise floors.
+    surface, surface_error, surface_labels
+        Over torsions: F between the labels and its standard error in kT, (n,) or (n, n), at evenly
+        spaced centres from -π; and where the labels are, (L, 1 or 2).
     bond_names, bonds_reference, bonds_beads
         Bead bonds: k names, (N, k) lengths in the reference, (N', k) in the bead dynamics.
     angle_names, angles_reference, angles_beads
@@ -78,6 +84,7 @@ class ReportData:
     name: str = "model"
     temperature_K: float = 300.0
     biased: bool = False
+    by_torsions: bool = False
     torsion_names: tuple[str, ...] = ()
     torsions_reference: np.ndarray = field(default_factory=_none)
     torsions_beads: np.ndarray = field(default_factory=_none)
@@ -86,6 +93,9 @@ class ReportData:
     atomistic_state: np.ndarray = field(default_factory=_none)
     independent_reference: float = 0.0
     independent_beads: float = 0.0
+    surface: np.ndarray = field(default_factory=_none)
+    surface_error: np.ndarray = field(default_factory=_none)
+    surface_labels: np.ndarray = field(default_factory=_none)
     bond_names: tuple[str, ...] = ()
     bonds_reference: np.ndarray = field(default_factory=_none)
     bonds_beads: np.ndarray = field(default_factory=_none)

@@ -51,10 +51,9 @@ def seconds_spent(records: list[Metrics], turn: int | None = None) -> float:
 def reserved_calls(config: Config) -> int:
     """Return the energy calls that the stages after the loop take."""
     settings = config.cycle
-    if config.mapping.torsions:
-        return 0
     held_out = (settings.n_held_out + settings.n_held_out // 3) * settings.n_held_out_samples
-    return settings.n_report * settings.n_report_samples + held_out
+    ensemble = 0 if config.mapping.torsions else settings.n_report * settings.n_report_samples
+    return ensemble + held_out
 
 
 def calls_left(config: Config, records: list[Metrics]) -> int | None:

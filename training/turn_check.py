@@ -87,7 +87,7 @@ def turn_row(records: list[Metrics], k: int) -> dict[str, str]:
         "accepted": f"{labels['accepted'] / labels['states']:.0%}",
         "ESS": text(labels["ess_mean"], ".2f"),
         "F off by (kT)": text(check["new_F_error_kT"], ".2f"),
-        "force off by (eV/Å)": text(check["new_force_error"], ".3f"),
+        "force off by (eV/Å, eV/rad)": text(check["new_force_error"], ".3f"),
         "flow gained (nats)": f"{check['flow_gain_nats']:.3f}",
         "force field gained": text(check["force_field_gain"], ".0%"),
         "calls so far": f"{calls_spent(records_upto(records, k)):,}".replace(",", " "),

@@ -34,7 +34,7 @@ class Verdict:
 
 def judge(data: ReportData) -> list[Verdict]:
     """Judge all claims, in the order of the report."""
-    return [judge_one(data) for judge_one in CLAIMS]
+    return [judge_one(data) for judge_one in (OVER_TORSIONS if data.by_torsions else CLAIMS)]
 
 
 def headline(verdicts: list[Verdict]) -> str:
@@ -178,17 +178,17 @@ def _ess(claim: str, data: ReportData, rare: bool) -> Verdict:
     return Verdict(
         claim,
         _graded(-float(values.mean()), -0.5, -0.1),
-        f"Effective sample size per bead state {values.mean():.2f} on average, {low:.2f} at the "
+        f"Effective sample size per state {values.mean():.2f} on average, {low:.2f} at the "
         f"5th percentile, over {len(values)} states{where} (yes from 0.5, with care from 0.1).",
     )
 
 
 def _reconstruction(data: ReportData) -> Verdict:
-    return _ess("Atoms on common bead states", data, False)
+    return _ess("Atoms at common states", data, False)
 
 
 def _rare_reconstruction(data: ReportData) -> Verdict:
-    return _ess("Atoms on rare bead states", data, True)
+    return _ess("Atoms at rare states", data, True)
 
 
 @_beside_populations
@@ -261,6 +261,20 @@ def _labels(data: ReportData) -> Verdict:
     )
 
 
+def _new_states(data: ReportData) -> Verdict:
+    """Judge F at states that the models hadn't learnt from: the last turn's labels."""
+    claim = "Free energies at new states"
+    known = data.turn_free_energy_error
+    if not known.size or not np.isfinite(known[-1]):
+        return _unmeasured(claim)
+    return Verdict(
+        claim,
+        _graded(known[-1], 0.3, 1.0),
+        f"At the states that turn {len(known)} labelled, F was known to {known[-1]:.2f} kT before "
+        "(rms, noise of the labels taken off; yes to 0.3 kT, with care to 1 kT).",
+    )
+
+
 def _convergence(data: ReportData) -> Verdict:
     """Judge the loop: "yes" takes targets met at new states, and a held-out check that agrees."""
     claim = "Convergence of the loop"
@@ -291,5 +305,7 @@ CLAIMS: tuple[Callable[[ReportData], Verdict], ...] = (
     _energies,
     _ensemble,
     _labels,
+    _new_states,
     _convergence,
 )
+OVER_TORSIONS = (_new_states, _reconstruction, _rare_reconstruction, _convergence)

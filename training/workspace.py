@@ -74,8 +74,12 @@ class Workspace:
         return load_model(self.iteration(k) / "model.ccg", device=self.device)
 
     def final_model(self, k: int) -> ModelFile:
-        """Load the models that came out of a loop that ended with iteration k."""
-        return load_model(self.final(k) / "model.ccg", device=self.device)
+        """Load the models that came out of a loop that ended with iteration k.
+
+        Over torsions there is nothing to fine-tune: they are those of its last turn.
+        """
+        folder = self.iteration(k) if self.by_torsions else self.final(k)
+        return load_model(folder / "model.ccg", device=self.device)
 
     def seed(self, *what: int) -> int:
         """Return a seed for one use of randomness: a function of the run's seed and `what`."""

@@ -1,7 +1,8 @@
 """The cycle on alanine dipeptide, from one structure: F(φ, ψ) within a budget of energy calls.
 
-    export CCG_DATA=... CCG_RUNS=...        # see systems.py; what `simulate.py alanine` writes
+    export CCG_DATA=... CCG_RUNS=...        # public inputs, see systems.py; what is written
     python free_energy_surface.py reference # what it is measured by
+    python free_energy_surface.py frames    # held-out states
     python cycle.py run beads --seed 0      # ccg train; ccg free-energy after every turn
     python cycle.py run torsions --seed 0
     python cycle.py table                   # error of F and ΔF against calls, over all seeds
@@ -24,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import openmm
 import surface
-from simulate import folder
+from simulate import alanine_potential, folder
 from surface import Curve, Reference
-from systems import ALANINE_BEADS, chignolin_start, load
+from systems import ALANINE_BEADS, chignolin_start
 
 from ccg_ase.checkpoint import load_model
 from ccg_ase.forcefield import ForceField
@@ -36,9 +37,8 @@ from ccg_mda.flow import Backmapper
 from ccg_training.fit_forcefield import evaluate_force_field
 from ccg_training.labels import Labels
 from ccg_training.reconstruction import reconstruct
-from ccg_training.reference import read_npz
+from ccg_training.reference import ReferenceData, read_npz
 from ccg_training.samples import Samples
-from ccg_training.states import choose_states
 
 TOPOLOGY = Path(__file__).parents[1] / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 BACKBONE = list(ALANINE_BEADS["slices"].values())
@@ -125,7 +125,7 @@ def run(runs: Path, args: argparse.Namespace) -> None:
         out = where / f"{model.parent.name}.npz"
         if not out.exists():
             basins = ("--basin", "phi<0", "--basin", "phi>0")
-            grid = (*on, "--bins", BINS, *basins)
+            grid = (*on, "--bins", BINS, *basins, "--most", 2048)
             ccg("free-energy", model, config, *grid, "--out", out, "--seed", args.seed)
 
 
@@ -144,7 +144,7 @@ def curve(where: Path, way: str) -> Curve:
 
 def table(runs: Path, args: argparse.Namespace) -> None:
     """Print errors against calls."""
-    truth = Reference.load(runs / "free_energy_surface" / "reference.npz", BINS)
+    truth = Reference.load(surface.reference_file(runs / "free_energy_surface"), BINS)
     print(f"reference: noise {truth.noise:.3f} kT, ΔF {truth.difference:.3f} kT")
     print("| way | seed | turn | energy calls | rms error of F, kT | unknown bins | ΔF off, kT |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -164,26 +164,27 @@ def table(runs: Path, args: argparse.Namespace) -> None:
 def labels(runs: Path, args: argparse.Namespace) -> None:
     """Compare mean forces of the first and the last force field with labels at held-out states.
 
-    States are those of held-out dynamics, half of them as diverse as possible: barriers and rare
-    basins. Labels are weighted averages of the last flow; their errors are taken off.
+    Half of the states are those of equilibrium, half of frames all over the plane of (φ, ψ), made
+    by the reference. Labels are weighted averages of the last flow; their errors are taken off.
     """
     where = runs / "cycle" / f"beads_{args.seed}" / "run"
-    system = load("alanine_slices", None, runs)
-    last = load_model(where / "model.ccg")
-    beads = last.cg_map.apply(system.held_out.positions)
-    chosen = choose_states(beads, args.states, last.cg_map.beads, diverse=0.5, seed=1)
+    surfaces = runs / "free_energy_surface"
+    common = ReferenceData.load(surfaces / "frames.npz").positions
+    flattened = read_npz(surfaces / "reference" / "static_000.npz")["positions"]
     rng = np.random.default_rng(args.seed)
-    flow = Backmapper.from_model(last)
+    some = [rng.choice(part, args.states // 2, replace=False) for part in (common, flattened)]
+    last = load_model(where / "model.ccg")
+    beads = last.cg_map.apply(np.concatenate(some))
+    flow, potential = Backmapper.from_model(last), alanine_potential()
     parts = [
-        reconstruct(flow, system.potential, beads[piece], args.samples, rng)
-        for piece in np.array_split(chosen, max(1, len(chosen) // 10))
+        reconstruct(flow, potential, piece, args.samples, rng)
+        for piece in np.array_split(beads, max(1, len(beads) // 10))
     ]
     found = Labels.from_samples(Samples.concatenate(*parts))
-    angles = np.degrees(dihedral_angles(found.beads, last.cg_map.beads.dihedrals()[:2]))
-    density = surface.of_angles(dihedral_angles(beads, last.cg_map.beads.dihedrals()[:2]), 36)
-    place = tuple(((angles + 180) // 10).astype(int).clip(0, 35).T)
-    rare = ~(density[place] < 4.0)
-    print(f"{len(found)} of {len(chosen)} labels accepted, {rare.sum()} of them above 4 kT")
+    angles = dihedral_angles(found.beads, last.cg_map.beads.dihedrals()[:2])
+    place = tuple(((angles + np.pi) * (BINS / (2 * np.pi))).astype(int).clip(0, BINS - 1).T)
+    rare = ~(Reference.load(surface.reference_file(surfaces), BINS).free_energy[place] < 4.0)
+    print(f"{len(found)} of {len(beads)} labels accepted, {rare.sum()} of them above 4 kT")
     models = {"first": where / "iteration_0" / "model.ccg", "last": where / "model.ccg"}
     for name, part in (("all", slice(None)), ("below 4 kT", ~rare), ("above 4 kT", rare)):
         errors = {

@@ -3,10 +3,11 @@
     export CCG_RUNS=...                         # with what `simulate.py alanine` writes
     python free_energy_surface.py reference     # flattened in (φ, ψ)
     python free_energy_surface.py checks        # of the reference
+    python free_energy_surface.py frames        # equilibrium frames from it
     python free_energy_surface.py md            # reads the stored dynamics
     python free_energy_surface.py metadynamics  # three seeds
     python free_energy_surface.py table --add "cycle=ours.npz,800000"
-    python free_energy_surface.py plot --add ...
+    python free_energy_surface.py plot errors.csv
 
 ff96 with OBC1, 300 K, flexible molecules. Every step is an energy call, those before the first
 frame included. surface.py says what an error is, and how bins count that were never visited. To be
@@ -19,9 +20,11 @@ complete, and what was stopped continues.
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, fields
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 
 import baselines
@@ -31,7 +34,7 @@ import simulate
 import surface
 import torch
 from matplotlib.figure import Figure
-from surface import Curve, Reference
+from surface import Reference
 
 from ccg_training.reference import write_npz
 
@@ -41,7 +44,7 @@ CURVES = {
     "metadynamics, bias": "metadynamics_bias",
     "metadynamics, reweighted": "metadynamics_reweighted",
 }
-REFERENCE = "reference.npz"
+ERRORS = "errors.csv"
 
 
 def reference(folder: Path, args: argparse.Namespace) -> None:
@@ -49,11 +52,11 @@ def reference(folder: Path, args: argparse.Namespace) -> None:
     stages = folder / "reference"
     reference_surface.sample(stages, args.chunks, args.walkers, args.seed)
     found = reference_surface.analyse(stages)
-    write_npz(folder / REFERENCE, found)
+    write_npz(folder / surface.REFERENCE, found)
     for key in ("calls", "frames", "walkers", "walkers_dropped", "crossings"):
         print(f"{key.replace('_', ' ')}: {found[key]}")
     for bins in reference_surface.GRIDS:
-        truth = Reference.load(folder / REFERENCE, bins)
+        truth = Reference.load(folder / surface.REFERENCE, bins)
         error = truth.error[truth.region]
         print(
             f"{bins} x {bins} bins, {truth.region.sum()} below {surface.REGION_KT:.0f} kT: error "
@@ -61,6 +64,11 @@ def reference(folder: Path, args: argparse.Namespace) -> None:
             "most"
         )
     print(f"ΔF {found['difference_kT']:.3f} ± {found['difference_error_kT']:.3f} kT")
+
+
+def frames(folder: Path, args: argparse.Namespace) -> None:
+    """Make frames of the ensemble itself from those of the reference."""
+    reference_surface.equilibrium(folder / "reference", args.seed).save(folder / "frames.npz")
 
 
 def checks(folder: Path, args: argparse.Namespace) -> None:
@@ -85,28 +93,40 @@ def metadynamics(folder: Path, args: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A curve against the reference.
+class Row:
+    """One row of `errors.csv`: a method after so many energy calls; mean and spread over seeds.
 
     Attributes
     ----------
-    rms_error, gap, gap_error
-        Of F(φ, ψ), and F(φ > 0) - F(φ < 0) (infinite where φ > 0 wasn't visited) with its absolute
-        error, (seeds, m).
-    unvisited
-        Share of the region, mean over seeds, (m,).
+    rms_kT, unvisited
+        Error of F(φ, ψ), and the share of the region without F.
+    gap_kT, gap_off_kT
+        F(φ > 0) - F(φ < 0), and its absolute error; NaN where a seed never saw φ > 0.
     """
 
-    name: str
-    truth: Reference
-    calls: np.ndarray
-    rms_error: np.ndarray
-    gap: np.ndarray
-    gap_error: np.ndarray
-    unvisited: np.ndarray
+    method: str
+    calls: int
+    rms_kT: float
+    rms_sd: float
+    unvisited: float
+    gap_kT: float
+    gap_sd: float
+    gap_off_kT: float
+    gap_off_sd: float
+
+    @classmethod
+    def read(cls, file: Path) -> list[Row]:
+        """Read a table that `table` wrote."""
+        with file.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        numbers = [f.name for f in fields(cls)][2:]
+        return [
+            cls(row["method"], int(row["calls"]), *(float(row[name]) for name in numbers))
+            for row in rows
+        ]
 
 
-def judged(folder: Path, args: argparse.Namespace) -> Iterator[Judged]:
+def judged(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
     """Judge all curves that are there, and those to be added."""
     curves = {}
     for name, stem in CURVES.items():
@@ -118,30 +138,35 @@ def judged(folder: Path, args: argparse.Namespace) -> Iterator[Judged]:
         for way, curve in surface.curves_of(file, int(float(before or 0))).items():
             curves[", ".join(filter(None, (name, way))) or Path(file).stem] = curve
     for name, curve in curves.items():
-        truth = Reference.load(folder / REFERENCE, curve.bins)
-
-        def each(figure: Callable[[np.ndarray], float], curve: Curve = curve) -> np.ndarray:
-            return np.array([[figure(f) for f in seed] for seed in curve.free_energy])
-
-        rms = partial(surface.rms_error, reference=truth, at_centres=curve.at_centres)
-        missing = each(partial(surface.unvisited, reference=truth)).mean(0)
-        gap = each(surface.difference)
+        truth = Reference.load(surface.reference_file(folder), curve.bins)
         # Sums over centres are compared with sums over centres: they are up to 0.07 kT off.
         true_gap = surface.difference(truth.at_centres) if curve.at_centres else truth.difference
-        yield Judged(name, truth, curve.calls, each(rms), gap, np.abs(gap - true_gap), missing)
+        for calls, seeds in zip(curve.calls, curve.free_energy.swapaxes(0, 1), strict=True):
+            rms = [surface.rms_error(F, truth, at_centres=curve.at_centres) for F in seeds]
+            missing = np.mean([surface.unvisited(F, truth) for F in seeds])
+            gap = np.array([surface.difference(F) for F in seeds])
+            columns = (np.array(rms), gap, np.abs(gap - true_gap))
+            (rms, rms_sd), *of_gap = map(surface.mean_and_spread, columns)
+            yield Row(name, int(calls), rms, rms_sd, float(missing), *chain(*of_gap))
 
 
 def table(folder: Path, args: argparse.Namespace) -> None:
-    """Print errors against calls of all methods."""
+    """Write errors against calls of all methods to errors.csv, and print them."""
+    rows = list(judged(folder, args))
+    with (folder / ERRORS).open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
     print("| | calls | rms error, kT | never visited | ΔF, kT | its error |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for curve in judged(folder, args):
-        for k, calls in enumerate(curve.calls):
-            columns = (curve.rms_error[:, k], curve.gap[:, k], curve.gap_error[:, k])
-            rms, gap, off = map(surface.mean_and_spread, columns)
-            print(f"| {curve.name} | {calls} | {rms} | {curve.unvisited[k]:.0%} | {gap} | {off} |")
+    for row in rows:
+        print(
+            f"| {row.method} | {row.calls} | {row.rms_kT:.2f} ± {row.rms_sd:.2f} | "
+            f"{row.unvisited:.0%} | {row.gap_kT:.2f} ± {row.gap_sd:.2f} | "
+            f"{row.gap_off_kT:.2f} ± {row.gap_off_sd:.2f} |"
+        )
     for bins in reference_surface.GRIDS:
-        truth = Reference.load(folder / REFERENCE, bins)
+        truth = Reference.load(surface.reference_file(folder), bins)
         print(
             f"reference, {bins} x {bins} bins: noise {truth.noise:.3f} kT, "
             f"ΔF {truth.difference:.3f} ± {truth.difference_error:.3f} kT"
@@ -149,16 +174,21 @@ def table(folder: Path, args: argparse.Namespace) -> None:
 
 
 def plot(folder: Path, args: argparse.Namespace) -> None:
-    """Draw the errors of F and of ΔF against calls: the mean over seeds, and their range."""
+    """Draw the errors of F and of ΔF against calls; seeds of one method have one colour."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     of_surface, of_difference = figure.subplots(1, 2)
-    for curve in judged(folder, args):
-        for ax, values in ((of_surface, curve.rms_error), (of_difference, curve.gap_error)):
-            shown = np.where(np.isfinite(values).all(0), values, np.nan)
-            (line,) = ax.plot(curve.calls, shown.mean(0), "o-", markersize=3, label=curve.name)
-            low, high = shown.min(0), shown.max(0)
-            ax.fill_between(curve.calls, low, high, alpha=0.2, color=line.get_color())
-    truth = Reference.load(folder / REFERENCE, baselines.BINS)
+    colours: dict[str, str] = {}
+    for method, group in groupby(Row.read(args.errors), key=attrgetter("method")):
+        rows, name = list(group), method.split(", seed")[0]
+        style = {"color": colours[name]} if name in colours else {"label": name}
+        calls = [row.calls for row in rows]
+        for ax, key in ((of_surface, "rms"), (of_difference, "gap_off")):
+            values, spread = (
+                np.array([getattr(row, f"{key}_{part}") for row in rows]) for part in ("kT", "sd")
+            )
+            line, *_ = ax.errorbar(calls, values, np.nan_to_num(spread), fmt="o-", ms=3, **style)
+            colours[name] = style["color"] = line.get_color()
+    truth = Reference.load(surface.reference_file(folder), baselines.BINS)
     for ax, goal, noise, label in (
         (of_surface, 0.2, truth.noise, "rms error of F(φ, ψ) below 10 kT, kT"),
         (of_difference, 0.1, truth.difference_error, "error of ΔF between φ > 0 and φ < 0, kT"),
@@ -185,11 +215,15 @@ def main() -> None:
         return added
 
     command(reference, chunks=9, walkers=1024, seed=20261123)
+    command(frames, seed=5)
     command(checks)
     command(md)
     command(metadynamics, calls=1e7, seeds=3, seed=1, width=0.35)
-    for shown in (command(table), command(plot, figure="free_energy_surface.png")):
-        shown.add_argument("--add", action="append", default=[], metavar="NAME=FILE[,CALLS]")
+    command(table).add_argument(
+        "--add", action="append", default=[], metavar="NAME=FILE[,CALLS]", help="one more curve"
+    )
+    drawn = command(plot, figure="free_energy_error.png")
+    drawn.add_argument("errors", type=Path, help="errors.csv, as `table` writes it")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.runs = simulate.folder(args.runs, "CCG_RUNS")

@@ -171,6 +171,34 @@ def analyse(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def equilibrium(folder: Path, seed: int, count: int = 100, steps: int = 200) -> ReferenceData:
+    """Return frames without a bias: short dynamics from frames of the reference, drawn by weight.
+
+    Each walker leaves `count` frames, `steps` apart, after ten times as long that is left out.
+    """
+    ends = [read_npz(file) for file in sorted(folder.glob("static_*.npz"))]
+    sound = np.all([end["sound"] for end in ends], axis=0)
+    positions = np.concatenate([end["positions"][sound] for end in ends])
+    angles = torch.from_numpy(dihedral_angles(positions, np.array(PHI_PSI)))
+    weights = PeriodicBias(ends[0]["bias"]).of_angles(angles).exp().numpy()
+    walkers, rng = len(sound), np.random.default_rng(seed)
+    place = (np.arange(walkers) + rng.random()) / walkers
+    drawn = np.searchsorted(np.cumsum(weights) / weights.sum(), place)
+    dynamics, flat = Walkers(), np.zeros_like(ends[0]["bias"])
+    run = dynamics.run(positions[drawn], None, flat, 10 * steps, [seed, 0])
+    frames, energies = [], []
+    for k in range(count):
+        run = dynamics.run(run.positions, run.velocities, flat, steps, [seed, k + 1])
+        frames.append(run.positions)
+        energies.append(dynamics.energies(torch.from_numpy(run.positions), None).energies[:, 0])
+    return ReferenceData(
+        np.stack(frames, axis=1).reshape(-1, *positions.shape[1:]),
+        energy=np.stack(energies, axis=1).ravel(),
+        walker=np.repeat(np.arange(walkers), count),
+        time_ps=np.tile((np.arange(count) + 1) * steps * dynamics.timestep_fs * 1e-3, walkers),
+    )
+
+
 def coarser(fine: np.ndarray, bins: int) -> np.ndarray:
     """Return sums of the fine bins (..., FINE, FINE) in (..., bins, bins)."""
     k = FINE // bins

@@ -19,6 +19,13 @@ from ccg_training.metrics import free_energy, torsion_histogram
 from ccg_training.reference import read_npz, write_npz
 
 REGION_KT = 10.0
+REFERENCE = "reference.npz"
+SHIPPED = Path(__file__).parent / "alanine_surface.npz"
+
+
+def reference_file(folder: Path) -> Path:
+    """Return the reference in a folder, or the one that lies beside this file."""
+    return own if (own := folder / REFERENCE).is_file() else SHIPPED
 
 
 @dataclass(frozen=True)
@@ -158,9 +165,8 @@ def unvisited(surface: np.ndarray, reference: Reference) -> float:
     return float(np.isnan(surface[reference.region]).mean())
 
 
-def mean_and_spread(values: np.ndarray) -> str:
-    """Say mean and standard deviation over seeds; nothing unless all of them are finite."""
+def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """Return mean and standard deviation over seeds; NaN unless all of them are finite."""
     if not np.isfinite(values).all():
-        return ""
-    spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{spread}"
+        return np.nan, np.nan
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else np.nan

@@ -1,11 +1,14 @@
 """Alanine dipeptide from a bead run, with weights and without, beside molecular dynamics.
 
-    export CCG_DATA=... CCG_RUNS=...       # see systems.py; the held-out run of simulate.py alanine
-    python weighted_observables.py [MODEL] [--frames 8000] [--samples 2]
+    python weighted_observables.py REFERENCE [MODEL] [--frames 8000] [--samples 2]
+
+REFERENCE holds frames of the ensemble with energies: $CCG_RUNS/alanine_held_out.npz of simulate.py,
+or $CCG_RUNS/free_energy_surface/frames.npz of free_energy_surface.py. It's used for nothing else.
 
 F(φ), F(ψ), F(χ), means and distributions of the distance of the ends and of the energy: everything
-by the public interface alone. A deviation is told in standard errors of the difference. Figures of
-the last release: README.md.
+by the public interface alone. The bead run starts from one structure; its first 100 ps are left
+out. A deviation is told in standard errors of the difference. Figures of the last release:
+README.md.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import systems
+import simulate
 from MDAnalysis.analysis.dihedrals import Dihedral
 from MDAnalysis.lib.distances import calc_bonds
 
@@ -27,6 +30,7 @@ from ccg_mda import (
     two_level_weights,
     universe_from,
 )
+from ccg_training.reference import ReferenceData, read_structure
 
 MODEL = Path(__file__).parents[1] / "alanine_dipeptide" / "alanine_dipeptide.ccg"
 REPLICAS, TEMPERATURES = 64, 4
@@ -60,7 +64,7 @@ def bead_run(force_field: ForceField, starts: np.ndarray, n_frames: int, seed: i
         exchange_every=50,
     )
     per_ladder = -(-n_frames // ladders)
-    frames = dynamics.run(starts, 250 * (per_ladder + 50), every=250)
+    frames = dynamics.run(starts, 250 * (per_ladder + 100), every=250)
     print(dynamics.exchange_report())
     return np.concatenate(frames.beads[-per_ladder:, ::TEMPERATURES].swapaxes(0, 1))
 
@@ -79,22 +83,23 @@ def show(name: str, unit: str, md, weighted, plain) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("reference", type=ReferenceData.load)
     parser.add_argument("model", nargs="?", type=Path, default=MODEL)
     parser.add_argument("--frames", type=int, default=8000)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    system, loaded = systems.load("alanine_slices"), load_model(args.model)
+    loaded, reference = load_model(args.model), args.reference
     force_field = ForceField.from_model(loaded)
-    reference = system.held_out
-    rng = np.random.default_rng(args.seed)
-    known = loaded.cg_map.apply(system.data.positions)  # the reference is used for nothing
-    beads = bead_run(force_field, known[rng.choice(len(known), REPLICAS)], args.frames, args.seed)
+    start = loaded.cg_map.apply(
+        read_structure(simulate.ALANINE).atoms.positions[None].astype(float)
+    )
+    beads = bead_run(force_field, np.repeat(start, REPLICAS, axis=0), args.frames, args.seed)
     u = backmap(
         bead_universe(beads, loaded.cg_map, dt=1.0),
         args.model,
         n_samples=args.samples,
-        potential=system.potential,
+        potential=simulate.alanine_potential(),
         prefetch=64,
     )
     levels = two_level_weights(u, free_energy=force_field)

@@ -160,12 +160,14 @@ def test_torsions_give_free_energies_and_say_that_there_is_no_force_field(whole,
     lines = [f"{name} = [{', '.join(row)}]\n" for name, row in rows.items()]
     run = train_again(whole, tmp_path, "[mapping.torsions]\n" + "".join(lines))
     turn = ["labels at new states", "flow", "turn check"]
-    end = ["end of the loop", "labels on frames", "model"]
-    assert [r["stage"] for r in records(run)][-7:] == ["flow: forces", *turn, *end]
+    end = ["end of the loop", "labels on frames", "held-out check", "report"]
+    assert [r["stage"] for r in records(run)][-8:] == ["flow: forces", *turn, *end]
     model = load_model(run / "model.ccg")
     assert set(model.configs) == {"backmapper"}
     assert model.cg_map.names == ("phi", "psi")
-    assert not (run / "report.html").exists()
+    report = (run / "report.html").read_text()
+    assert "Convergence of the loop" in report
+    assert "Free energies from bead dynamics" not in report
     with np.load(run / "iteration_1" / "states.npz") as table:
         assert table["beads"].shape == (6, 2)
     assert Labels.load(run / "iteration_1" / "frame_labels.npz").force.shape == (100, 2)

@@ -35,6 +35,9 @@ def made(n=40_000, **changes):
         torsions_beads=torsions(rng, n),
         torsions_atomistic=torsions(rng, n),
         log_weights=rng.normal(-700, 0.3, n),
+        surface=np.ones((8, 8)),
+        surface_error=np.ones((8, 8)),
+        surface_labels=np.zeros((5, 2)),
         bond_names=("C-N", "N-CA"),
         bonds_reference=bonds,
         bonds_beads=rng.permutation(bonds),
@@ -93,18 +96,19 @@ def test_a_right_model_is_trusted_for_everything(good):
         ("Free energies from bead dynamics", {"torsions_beads": "shifted"}),
         ("Free energies from reweighted atoms", {"torsions_atomistic": "shifted"}),
         ("Bead bonds and angles", {"bonds_beads": 1.5}),
-        ("Atoms on common bead states", {"ess": 0.05}),
-        ("Atoms on rare bead states", {"ess": 0.05}),
+        ("Atoms at common states", {"ess": 0.05}),
+        ("Atoms at rare states", {"ess": 0.05}),
         ("All-atom energies after reweighting", {"energy_atomistic": 3 * KT}),
         ("The all-atom ensemble after reweighting", {"log_weights": 8.0}),
         ("Mean-force labels", {"label_variance": 5.0}),
+        ("Free energies at new states", {"turn_free_energy_error": np.array([0.1, 1.2])}),
         ("Convergence of the loop", {"end_of_loop": ("wall time", "it took an hour")}),
     ],
 )
 def test_each_claim_fails_with_its_own_data(good, claim, changes):
     (name, change), *_ = changes.items()
     value = getattr(good, name)
-    if name == "end_of_loop":
+    if name in ("end_of_loop", "turn_free_energy_error"):
         value = change
     elif change == "shifted":
         value = torsions(np.random.default_rng(5), len(value), shift=0.6)
@@ -121,7 +125,7 @@ def test_targets_met_count_only_if_the_held_out_check_agrees():
     rare_fail = made(ess_rare=np.arange(400) % 2 == 0, ess=np.where(np.arange(400) % 2, 0.9, 0.01))
     verdict = judge(rare_fail)[-1]
     assert verdict.answer == "with care"
-    assert "rare bead states" in verdict.reason
+    assert "Atoms at rare states" in verdict.reason
     assert "Converged" not in verdict.reason
 
 
@@ -182,6 +186,25 @@ def test_reweighting_is_used():
     claim = "All-atom energies after reweighting"
     assert answers(made(energy_atomistic=energy, log_weights=log_weights))[claim] == "yes"
     assert answers(made(energy_atomistic=energy))[claim] == "no"
+
+
+@pytest.mark.parametrize("n_torsions", [1, 2])
+def test_over_torsions_nothing_is_claimed_of_beads(good, n_torsions):
+    empty = {
+        name: getattr(ReportData(), name)
+        for name in vars(good)
+        if re.search("bead|torsions_", name)
+    }
+    one = {name: getattr(good, name)[0] for name in ("surface", "surface_error")}
+    one |= {"surface_labels": good.surface_labels[:, :1], "torsion_names": ("φ",)}
+    data = made(**empty | (one if n_torsions == 1 else {}), by_torsions=True)
+    assert answers(data) == {
+        "Free energies at new states": "yes",
+        "Atoms at common states": "yes",
+        "Atoms at rare states": "yes",
+        "Convergence of the loop": "yes",
+    }
+    assert "Free energy between the labels</h2>" in render(data, [])
 
 
 def test_missing_data_are_said_to_be_missing():
