@@ -109,7 +109,7 @@ class Stop(Section):
         None, description="energy calls in all, reference data and final check included"
     )
     max_hours: PositiveFloat | None = Field(
-        None, description="wall time: a turn that may not fit into it isn't begun"
+        None, description="wall time: no turn that may not fit, no fit of the flow above a tenth"
     )
     target_accepted: float = Field(
         0.9, gt=0, le=1, description="share of new states with labels from plain weights"

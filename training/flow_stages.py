@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,8 @@ from .workspace import Workspace
 
 _LOST_NATS = 0.2  # of ln q of held-out frames, on average, that a fit to forces may cost
 MOST_NATS = 5.0  # that a single frame counts
+_SHARE_OF_TIME = 0.1  # of the budget in wall time that one fit may take
+_TRIAL_STEPS = 4
 
 
 def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
@@ -61,14 +65,14 @@ def fit_likelihood(workspace: Workspace, stage: Stage) -> Metrics:
         ).to(workspace.device)
     batch = 2 * settings.batch_size
     frames = FlowFrames(train.positions, np.ones(len(train)))
+    steps = max(1, settings.likelihood_epochs * len(train) // batch)
+    how = {"terms": LIKELIHOOD_ONLY, "batch_size": batch, "seed": workspace.seed(0, 2)}
+    how["learning_rate"] = settings.learning_rate
     fit = fit_flow(
         flow,
         frames,
-        terms=LIKELIHOOD_ONLY,
-        steps=max(1, settings.likelihood_epochs * len(train) // batch),
-        batch_size=batch,
-        learning_rate=settings.learning_rate,
-        seed=workspace.seed(0, 2),
+        steps=_in_time(workspace, stage, flow, frames, steps, how),
+        **how,
         clip=5.0,
         held_out=FlowFrames(held_out.positions, np.ones(len(held_out))),
         patience=settings.patience,
@@ -211,14 +215,13 @@ def _fit(
         return {}
     held_out = workspace.data[1].positions
     nll, weights = frame_nll(flow, held_out), copy.deepcopy(flow.state_dict())
+    how = {"terms": terms, "batch_size": settings.batch_size, "seed": workspace.seed(*seed)}
+    how["learning_rate"] = settings.learning_rate / (1 if terms.coordinate_force else 2)
     fit = fit_flow(
         flow,
         train,
-        terms=terms,
-        steps=steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate / (1 if terms.coordinate_force else 2),
-        seed=workspace.seed(*seed),
+        steps=_in_time(workspace, stage, flow, train, steps, how),
+        **how,
         held_out=judged,
         patience=settings.patience,
         progress=show_terms(stage),
@@ -230,6 +233,33 @@ def _fit(
         told += f"; undone, since held-out frames lost {lost:.2f} nats of ln q"
         after = nll
     return {"loss": fit.history[-1], "fit": told, "nll": float(after.mean())}
+
+
+def _in_time(
+    workspace: Workspace,
+    stage: Stage,
+    flow: Backmapper,
+    frames: FlowFrames,
+    steps: int,
+    how: dict[str, Any],
+) -> int:
+    """Return the steps of a fit that a tenth of the budget in wall time allows.
+
+    The learning rate of a fit follows from its number of steps, so it's found beforehand, from a
+    few steps of a copy.
+    """
+    hours = workspace.config.stop.max_hours
+    if hours is None:
+        return steps
+    copied, began = copy.deepcopy(flow), []
+    for n in (1, 1 + _TRIAL_STEPS):  # the first step of a fit takes longer
+        began.append(time.perf_counter())
+        fit_flow(copied, frames, steps=n, **how)
+    per_step = (time.perf_counter() - 2 * began[1] + began[0]) / _TRIAL_STEPS
+    allowed = max(1, int(_SHARE_OF_TIME * 3600 * hours / max(per_step, 1e-6)))
+    if allowed < steps:
+        stage.update(note=f"{allowed} of {steps} steps: a tenth of max_hours")
+    return min(steps, allowed)
 
 
 def show_terms(stage: Stage) -> ProgressCallback:

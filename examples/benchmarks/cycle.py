@@ -71,6 +71,10 @@ topology = "chignolin.pdb"
 system = "system.xml"
 [mapping]
 preset = "ca"
+[flow]
+coordinate_steps = 200
+force_steps = 60
+refit_steps = 40
 [reference]
 source = "structure"
 hot_time_ps = 400

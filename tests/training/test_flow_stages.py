@@ -24,7 +24,10 @@ def test_forces_that_lead_away_from_the_frames_are_undone(scale, undone):
         mean_nll(flow, held_out.positions),
     )
     workspace = SimpleNamespace(
-        config=SimpleNamespace(flow=SimpleNamespace(batch_size=64, learning_rate=2e-3, patience=5)),
+        config=SimpleNamespace(
+            flow=SimpleNamespace(batch_size=64, learning_rate=2e-3, patience=5),
+            stop=SimpleNamespace(max_hours=None),
+        ),
         data=(None, held_out),
         seed=lambda *what: 3,
     )
@@ -39,3 +42,24 @@ def test_forces_that_lead_away_from_the_frames_are_undone(scale, undone):
     assert found["nll"] == pytest.approx(mean_nll(flow, held_out.positions))
     assert found["nll"] < nll + 0.2
     assert np.isfinite(found["nll"])
+
+
+def test_a_fit_takes_a_tenth_of_the_wall_time_at_most(monkeypatch):
+    """A step takes an eighth of a second here, and every fit 7 s to begin with."""
+    clock, notes = [0.0], []
+
+    def fit(flow, frames, *, steps, **how):
+        clock[0] += 7.0 + 0.125 * steps
+
+    monkeypatch.setattr(flow_stages, "fit_flow", fit)
+    monkeypatch.setattr(flow_stages.time, "perf_counter", lambda: clock[0])
+    stage = SimpleNamespace(update=lambda note: notes.append(note))
+
+    def allowed(hours):
+        config = SimpleNamespace(stop=SimpleNamespace(max_hours=hours))
+        return flow_stages._in_time(SimpleNamespace(config=config), stage, None, None, 500, {})
+
+    assert allowed(None) == 500
+    assert allowed(0.01) == 28
+    assert notes == ["28 of 500 steps: a tenth of max_hours"]
+    assert allowed(1.0) == 500
