@@ -139,6 +139,8 @@ def _history(records: list[Metrics], k: int) -> dict[str, Any]:
     return {
         "turn_table": np.array([[str(i), *turn_row(records, i).values()] for i in turns], str),
         "turn_calls": np.array([calls_spent(records_upto(records, i)) for i in turns]),
+        "turn_accepted": column("labels at new states", "accepted")
+        / column("labels at new states", "states"),
         "turn_ess": column("labels at new states", "ess_mean"),
         "turn_free_energy_error": column("turn check", "new_F_error_kT"),
         "turn_force_error": column("turn check", "new_force_error"),

@@ -68,9 +68,10 @@ class ReportData:
     weight_table, structure_table, coverage_table
         Tables of text from the held-out check, (n, 3), (n, 5) and (n, 3): rows of
         `ccg_mda.diagnostics.WeightQuality`, `StructureReport` and `TorsionCoverage`.
-    turn_table, turn_calls, turn_ess, turn_free_energy_error, turn_force_error
+    turn_table, turn_calls, turn_accepted, turn_ess, turn_free_energy_error, turn_force_error
         One entry per turn of the loop: its row as text, (n, 10); energy calls up to its end; and at
-        the states labelled in it, before models learnt from them: the mean effective sample size,
+        the states labelled in it, before models learnt from them: the share that has a label of F
+        from plain weights, the mean effective sample size,
         the error of F in kT and of the mean force in eV/Å (NaN: no label).
     end_of_loop
         Why the loop ended, (2,): a word for it, and the sentence.
@@ -117,6 +118,7 @@ class ReportData:
     coverage_table: np.ndarray = field(default_factory=_none)
     turn_table: np.ndarray = field(default_factory=_none)
     turn_calls: np.ndarray = field(default_factory=_none)
+    turn_accepted: np.ndarray = field(default_factory=_none)
     turn_ess: np.ndarray = field(default_factory=_none)
     turn_free_energy_error: np.ndarray = field(default_factory=_none)
     turn_force_error: np.ndarray = field(default_factory=_none)
@@ -143,6 +145,7 @@ class ReportData:
             "one entry per turn": (
                 "turn_table",
                 "turn_calls",
+                "turn_accepted",
                 "turn_ess",
                 "turn_free_energy_error",
                 "turn_force_error",

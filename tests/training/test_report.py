@@ -57,6 +57,7 @@ def made(n=40_000, **changes):
         structure_table=np.array([["clashes, per atom", "22", "0.010%", "0.20%", "H1 <and> H2"]]),
         turn_table=np.array([["1", *9 * "–"], ["2", *9 * "–"]]),
         turn_calls=np.array([1e6, 1.05e6]),
+        turn_accepted=np.array([0.6, 0.95]),
         turn_ess=np.array([0.7, 0.8]),
         turn_free_energy_error=np.array([np.nan, 0.1]),
         turn_force_error=np.array([0.1, 0.05]),
@@ -102,13 +103,14 @@ def test_a_right_model_is_trusted_for_everything(good):
         ("The all-atom ensemble after reweighting", {"log_weights": 8.0}),
         ("Mean-force labels", {"label_variance": 5.0}),
         ("Free energies at new states", {"turn_free_energy_error": np.array([0.1, 1.2])}),
+        ("Free energies at new states", {"turn_accepted": np.array([0.9, 0.4])}),
         ("Convergence of the loop", {"end_of_loop": ("wall time", "it took an hour")}),
     ],
 )
 def test_each_claim_fails_with_its_own_data(good, claim, changes):
     (name, change), *_ = changes.items()
     value = getattr(good, name)
-    if name in ("end_of_loop", "turn_free_energy_error"):
+    if name == "end_of_loop" or name.startswith("turn"):
         value = change
     elif change == "shifted":
         value = torsions(np.random.default_rng(5), len(value), shift=0.6)
