@@ -12,6 +12,7 @@ from ccg_mda.flow import Backmapper
 from .estimators import typical
 from .fit_forcefield import FitSettings, fit_force_field
 from .labels import FRAME, Labels
+from .plain_forces import plain_forces, quieter
 from .progress import Stage
 from .reconstruction import pull_back_frames
 from .reference import MDANALYSIS_FORCE, read_npz
@@ -20,7 +21,10 @@ from .workspace import Workspace
 
 
 def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
-    """Label stored frames (E3b): no weights and no energy calls."""
+    """Label stored frames (E3b): no weights and no energy calls.
+
+    By plain forces, where labels pulled back through the flow have more noise.
+    """
     train, _ = workspace.data
     chosen = np.unique(
         np.linspace(0, len(train) - 1, workspace.config.cycle.n_frame_labels).astype(int)
@@ -48,9 +52,16 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
             )
         )
         stage.update(sum(map(len, parts)), len(chosen))
-    labels = Labels.concatenate(*parts)
+    labels, figures = Labels.concatenate(*parts), {"plain_forces": False}
+    force_map = plain_forces(flow, train.forces)
+    if force_map is not None:
+        plain = force_map.apply(train.forces[chosen])
+        if not quieter(labels.force, plain):
+            figures["plain_forces"] = True
+            labels = Labels.from_forces(labels.beads, plain)
+            stage.update(note="plain forces: labels pulled back through the flow have more noise")
     labels.save(workspace.iteration(k) / "frame_labels.npz")
-    return {"labels": len(labels)}
+    return {"labels": len(labels)} | figures
 
 
 def _scatter(workspace: Workspace, k: int) -> tuple[float, float]:
@@ -101,7 +112,9 @@ def refit_force_field(workspace: Workspace, stage: Stage, k: int) -> Metrics:
             step,
             steps,
             f"loss {values['loss']:.4g}, noise in it {values['loss_noise']:.4g}, "
-            f"force error {values['force_error']:.4f} eV/Å",
+            f"force error {values['force_error']:.4f} eV/Å"
+            if np.isfinite(values["loss_noise"])
+            else f"loss {values['loss']:.4g}, plain forces in it",
         ),
     )
     workspace.save(folder / "force_field.ccg", {"force_field": force_field})

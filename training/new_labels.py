@@ -15,6 +15,7 @@ from ccg_mda.flow import Backmapper
 from . import evaluation
 from .buffer import Buffer
 from .labelling import LabelSettings, label
+from .plain_forces import plain_forces
 from .progress import Stage
 from .reference import write_npz
 from .restrained import RestrainedFrames, restrained_frames
@@ -44,6 +45,7 @@ def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | No
     """
     settings, folder = workspace.config.cycle, workspace.iteration(k)
     before = workspace.model(k - 1)
+    flow = Backmapper.from_model(before)
     known: FreeEnergy | None  # what was known of F(s): nothing over torsions without a label of F
     if workspace.by_torsions:
         known = surface_of_turns(workspace, range(1, k))
@@ -54,7 +56,7 @@ def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | No
         states = _states(workspace, stage, k, force_field)
     limits = [limit for limit in (max_calls, settings.max_calls_per_turn) if limit is not None]
     found = label(
-        Backmapper.from_model(before),
+        flow,
         workspace.potential,
         states,
         folder / "labelling",
@@ -66,7 +68,7 @@ def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | No
             seed=workspace.seed(k, 9),
         ),
         held_out=workspace.data[1],
-        restraint=_restraint(workspace, k),
+        restraint=_restraint(workspace, k, flow),
         guess=None if known is None else lambda s: known(s)[1],
         progress=stage.update,
     )
@@ -139,7 +141,7 @@ def _torsion_states(workspace: Workspace, k: int, known: TorsionSurface | None) 
     return np.concatenate([visited[chosen], candidates[new]])
 
 
-def _restraint(workspace: Workspace, k: int) -> Restraint | None:
+def _restraint(workspace: Workspace, k: int, flow: Backmapper) -> Restraint | None:
     """Return restrained dynamics from all frames before turn k; None where none are wanted."""
     settings, reference = workspace.config.cycle, workspace.config.reference
     if not settings.restrained_ps:
@@ -174,4 +176,5 @@ def _restraint(workspace: Workspace, k: int) -> Restraint | None:
     calls = 2 * steering + steps + steps // every
     frames = [workspace.data[0].positions]
     frames += [Buffer.load(workspace.iteration(i) / "buffer.npz").positions for i in range(1, k)]
-    return Restraint(run, calls, np.concatenate(frames))
+    force_map = plain_forces(flow, workspace.data[0].forces)
+    return Restraint(run, calls, np.concatenate(frames), force_map)

@@ -224,7 +224,7 @@ class _Work:
             own = data.walker == place
             if not own.any():
                 continue  # its run failed
-            found = label_run(flow, data[own], self.tools.guess, state)
+            found = label_run(flow, data[own], self.tools.guess, state, restraint.force_map)
             if found is not None:
                 self.verdict[state] = RESTRAINED
                 self.labels.append(found[0])

@@ -193,18 +193,24 @@ def force_field_facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return facts
 
 
-def fit_summary(fit: dict[str, float]) -> str:
+def fit_summary(fit: dict[str, float | None]) -> str:
     """Say in a sentence how a fit of the force field stands, its irreducible part beside the loss.
 
     Parameters
     ----------
     fit
-        Metrics of `fit_force_field`.
+        Metrics of `fit_force_field`, as metrics.jsonl has them: None where there is no number.
     """
+    noise = (
+        f"of which {fit['loss_noise']:.4g} is noise of the labels: no model can go below that. "
+        f"Forces are off by {fit['force_error']:.4f} eV/Å (less than "
+        f"{fit['force_resolution']:.4f} can't be seen)."
+        if fit["loss_noise"] is not None
+        else f"some of them plain forces. Their noise, unknown, is most of the "
+        f"{fit['force_error']:.4f} eV/Å by which forces are off."
+    )
     return (
-        f"Loss {fit['loss']:.4g} on held-out labels, of which {fit['loss_noise']:.4g} is noise of "
-        f"the labels: no model can go below that. Forces are off by {fit['force_error']:.4f} eV/Å "
-        f"(less than {fit['force_resolution']:.4f} can't be seen). The prior explains "
+        f"Loss {fit['loss']:.4g} on held-out labels, {noise} The prior explains "
         f"{fit['prior_explains']:.1%} of the mean square of the mean force, with the networks it "
         f"is {fit['model_explains']:.2%}."
     )

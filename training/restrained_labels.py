@@ -18,7 +18,9 @@ from ccg_ase.mapping import CGMap
 from ccg_ase.torsion_map import TorsionMap
 
 from .buffer import Buffer
+from .force_aggregation import ForceMap
 from .labels import RESTRAINED, Labels
+from .plain_forces import quieter
 from .reconstruction import FrameNotCoveredError, pull_back_frames
 from .reference import ReferenceData
 from .restrained import RestrainedFrames
@@ -41,11 +43,15 @@ class Restraint:
         Most calls that it takes per state.
     frames
         Structures that runs can start from, (N, n_atoms, 3), Å.
+    force_map
+        Gives plain forces on the beads, to be taken where labels pulled back through the flow have
+        more noise; None: never.
     """
 
     run: Callable[[np.ndarray, np.ndarray, Path, int], RestrainedFrames]
     calls_per_state: int
     frames: np.ndarray
+    force_map: ForceMap | None = None
 
     def starts(self, states: np.ndarray, cg_map: CGMap | TorsionMap) -> np.ndarray:
         """Return the frame nearest to each state, (S, n_atoms, 3).
@@ -66,6 +72,7 @@ def label_run(
     data: ReferenceData,
     guess: Callable[[np.ndarray], np.ndarray],
     state: int,
+    force_map: ForceMap | None = None,
 ) -> tuple[Labels, Buffer] | None:
     """Label the frames of one restrained run.
 
@@ -79,6 +86,8 @@ def label_run(
         A rough -∂F/∂s of states, of their shape.
     state
         What the buffer calls it.
+    force_map
+        As in `Restraint`.
 
     Returns
     -------
@@ -94,9 +103,12 @@ def label_run(
         return None
     guessed = guess(frames.beads)
     rest = frames.labels[:, 0] - guessed
+    if force_map is not None:
+        plain = force_map.apply(data.forces) - guessed
+        rest = rest if quieter(rest, plain) else plain
     labels = Labels(
         frames.beads,
-        frames.labels[:, 0],
+        guessed + rest,
         np.full(len(data), correlated_variance(rest)),
         run=np.full(len(data), state),
         origin=RESTRAINED,

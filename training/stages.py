@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,13 +68,22 @@ class Stages:
         shown = f"{name} {iteration}" if iteration else name
         with self._progress.stage(shown, total) as stage:
             metrics = work(stage)
-        record = {"stage": name, "iteration": iteration, "calls": 0} | metrics
+        record = _strict({"stage": name, "iteration": iteration, "calls": 0} | metrics)
         record["seconds"] = round(time.monotonic() - started, 2)
         self.records.append(record)
         lines = "".join(json.dumps(line) + "\n" for line in self.records)
         write_text(self.directory / "metrics.jsonl", lines)
         write_text(self._file, json.dumps(self.records, indent=1))  # last: now the stage is done
         return record
+
+
+def _strict(value: Any) -> Any:
+    """Return a value with null for what isn't a finite number: JSON has no other word for it."""
+    if isinstance(value, dict):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -43,6 +43,7 @@ from ccg_training.samples import Samples
 TOPOLOGY = Path(__file__).parents[1] / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 BACKBONE = list(ALANINE_BEADS["slices"].values())
 TEMPERATURE_K, BINS, BUDGET = 300.0, 24, 1_000_000
+OF_SURFACE = {"beads": 160_000, "torsions": 80_000}  # calls that it may take
 ON = {"beads": ["phi=torsion:C1-N2-CA2-C2", "psi=torsion:N2-CA2-C2-N3"], "torsions": ["phi", "psi"]}
 SETTINGS = """
 [flow]
@@ -60,9 +61,10 @@ channels = 16
 learning_rate = 4e-3
 steps = 1200
 [cycle]
-iterations = 3
+iterations = 6
 max_samples = 256
 [stop]
+target_accepted = 0.98
 """
 CHIGNOLIN = """
 [system]
@@ -107,7 +109,7 @@ def config_of(way: str, seed: int, where: Path) -> Path:
         }
     lines = [f'[system]\ntopology = "{TOPOLOGY}"', "[mapping]"]
     lines += [f"{key} = {value}" for key, value in rows.items()]
-    text = "\n".join(lines) + SETTINGS + f"max_calls = {BUDGET - 60_000}\n"
+    text = "\n".join(lines) + SETTINGS + f"max_calls = {BUDGET - OF_SURFACE[way]}\n"
     text += f'[run]\nseed = {seed}\ndirectory = "run"\n'
     where.mkdir(parents=True, exist_ok=True)
     (where / "cycle.toml").write_text(text)

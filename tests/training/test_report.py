@@ -9,8 +9,10 @@ import pytest
 from ccg_mda.diagnostics import StructureProbe, WeightQuality
 from ccg_mda.structure import StructureReference
 from ccg_training import figures, figures_run
+from ccg_training.progress import Progress
 from ccg_training.report import PLATES, TABLES, ReportError, read_metrics, render, write_report
 from ccg_training.report_data import ReportData
+from ccg_training.stages import Stages
 from ccg_training.turn_check import turn_row
 from ccg_training.verdicts import headline, judge
 
@@ -291,6 +293,9 @@ def test_fits_of_the_force_field_are_shown_with_their_noise():
     page = page[: page.index("Metrics of the run")]
     for told in ("first fit", "turn 2", "1.032", "0.9876", "0.0123", "91.3%", "99.91%"):
         assert told in page
+    page = render(ReportData(), [records[0] | {"loss_noise": None}])
+    page = page[: page.index("Metrics of the run")]
+    assert "Their noise, unknown, is most of the 0.0123 eV/Å" in page
 
 
 def test_every_table_has_as_many_columns_as_its_header(ala2_topology, ala2_positions):
@@ -361,3 +366,12 @@ def test_the_picture_is_not_mirrored():
     a, b = drawn[1] - drawn[0], drawn[2] - drawn[0]
     assert a[0] * b[1] - a[1] * b[0] != 0
     assert len(figure.axes) == 3
+
+
+def test_what_is_no_number_is_null_in_metrics(tmp_path):
+    stages = Stages(tmp_path, Progress(quiet=True))
+    stages.run("fit", lambda stage: {"noise": float("nan"), "all": [1.0, {"x": float("inf")}]})
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["noise"] is None
+    assert record["all"] == [1.0, {"x": None}]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
