@@ -112,7 +112,7 @@ class Stop(Section):
         None, description="wall time: no turn that may not fit, no fit of the flow above a tenth"
     )
     target_accepted: float = Field(
-        0.9, gt=0, le=1, description="share of new states with labels from plain weights"
+        0.95, gt=0, le=1, description="share of new states with labels from plain weights"
     )
     target_ess: float = Field(0.5, gt=0, le=1, description="mean effective sample size at them")
     target_error_kT: PositiveFloat = Field(

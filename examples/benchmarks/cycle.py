@@ -122,12 +122,13 @@ def ccg(*arguments: object) -> None:
 
 
 def run(runs: Path, args: argparse.Namespace) -> None:
-    """Train, then map F(φ, ψ) with the models after every turn."""
+    """Train, then map F(φ, ψ) with the models after every turn, or after the last one."""
     where = runs / "cycle" / f"{args.way}_{args.seed}"
     config = config_of(args.way, args.seed, where)
     ccg("train", config, "--resume")
     on = [word for text in ON[args.way] for word in ("--on", text)]
-    for model in sorted((where / "run").glob("iteration_*/model.ccg")):
+    models = sorted((where / "run").glob("iteration_*/model.ccg"))
+    for model in models[-1:] if args.last else models:
         out = where / f"{model.parent.name}.npz"
         if not out.exists():
             basins = ("--basin", "phi<0", "--basin", "phi>0")
@@ -135,17 +136,18 @@ def run(runs: Path, args: argparse.Namespace) -> None:
             ccg("free-energy", model, config, *grid, "--out", out, "--seed", args.seed)
 
 
-def curve(where: Path, way: str) -> Curve:
-    """Return F after every turn of a run, and the calls up to there."""
+def curve(where: Path, way: str) -> tuple[list[int], Curve]:
+    """Return the turns of a run after which F was mapped, that F, and the calls up to there."""
     records = json.loads((where / "run" / "state.json").read_text())
-    calls, surfaces = [], []
-    for file in sorted(where.glob("iteration_*.npz")):
-        turn, stored = int(file.stem.split("_")[1]), read_npz(file)
+    files = sorted(where.glob("iteration_*.npz"))
+    turns, calls, surfaces = [int(file.stem.split("_")[1]) for file in files], [], []
+    for turn, file in zip(turns, files, strict=True):
+        stored = read_npz(file)
         spent = sum(record["calls"] for record in records if record["iteration"] <= turn)
         name = {"beads": "bead_ensemble", "torsions": "direct"}[way]
         calls.append(spent + int(stored[f"{name}_n_calls"]))
         surfaces.append(stored[f"{name}_free_energy"] / thermal_energy(TEMPERATURE_K))
-    return Curve(np.array(calls), np.array(surfaces)[None])
+    return turns, Curve(np.array(calls), np.array(surfaces)[None])
 
 
 def table(runs: Path, args: argparse.Namespace) -> None:
@@ -154,11 +156,11 @@ def table(runs: Path, args: argparse.Namespace) -> None:
     print(f"reference: noise {truth.noise:.3f} kT, ΔF {truth.difference:.3f} kT")
     print("| way | seed | turn | energy calls | rms error of F, kT | unknown bins | ΔF off, kT |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for where in sorted((runs / "cycle").glob("*_*")):
+    for where in sorted((runs / "cycle").glob("*_[0-9]*")):
         way, seed = where.name.split("_")
-        found = curve(where, way)
+        turns, found = curve(where, way)
         found.save(where / "curve.npz")
-        for turn, (calls, F) in enumerate(zip(found.calls, found.free_energy[0], strict=True)):
+        for turn, calls, F in zip(turns, found.calls, found.free_energy[0], strict=True):
             error = surface.rms_error(F, truth, at_centres=False)
             print(
                 f"| {way} | {seed} | {turn} | {calls} | {error:.3f} | "
@@ -226,6 +228,9 @@ def main() -> None:
             command.add_argument("--seed", type=int, default=0)
         if work is run:
             command.add_argument("way", choices=list(ON))
+            command.add_argument(
+                "--last", action="store_true", help="map F after the last turn only"
+            )
         if work is labels:
             command.add_argument("--states", type=int, default=300)
             command.add_argument("--samples", type=int, default=512)
