@@ -26,6 +26,8 @@ from .turn_labels import labels_of_turns
 from .turning import turn_dihedrals
 from .workspace import Workspace
 
+_GENTLER = (1.0, 0.5, 0.2)  # shares of time step and heat, tried one after another
+
 
 def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_steps: int) -> Metrics:
     """Run bead dynamics on the force field of turn k - 1, from all that is known so far.
@@ -73,7 +75,10 @@ def _dynamics(
     n_steps: int,
     turn: int,
 ) -> Metrics:
-    """Start replicas at states as diverse as those that are known, and run them."""
+    """Start replicas at states as diverse as those that are known, and run them.
+
+    A force field that has seen too little may explode; it is tried again, with less and less heat.
+    """
     settings, seed = workspace.config.dynamics, workspace.seed(turn, 7)
     starts = choose_states(
         known,
@@ -83,39 +88,76 @@ def _dynamics(
         seed=seed,
     )
     beads = known[np.random.default_rng(seed).permutation(np.resize(starts, settings.replicas))]
-    figures: Metrics = {}
+    for gentler in _GENTLER:
+        try:
+            frames, figures = _run(
+                workspace, stage, force_field, beads, folder, n_steps, seed, gentler
+            )
+            break
+        except ExplodedError as error:
+            if gentler == _GENTLER[-1]:
+                raise
+            warnings.warn(
+                f"bead dynamics is repeated with a shorter time step and less heat: {error}",
+                stacklevel=2,
+            )
+    longest = evaluation.longest_bond(frames, workspace.cg_map)
+    figures |= {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}
+    return figures | {"exploded": _GENTLER.index(gentler)}
+
+
+def _run(
+    workspace: Workspace,
+    stage: Stage,
+    force_field: ForceField,
+    beads: np.ndarray,
+    folder: Path,
+    n_steps: int,
+    seed: int,
+    gentler: float,
+) -> tuple[np.ndarray, Metrics]:
+    """Run the driver with so much of the time step, and of the heat above the model's temperature.
+
+    Chunks of gentler runs lie in a folder of their own, what they lead to in the usual place.
+    """
+    settings = workspace.config.dynamics
     common = {
         "n_steps": n_steps,
         "save_every": settings.save_every,
-        "timestep_fs": settings.timestep_fs,
+        "timestep_fs": gentler * settings.timestep_fs,
         "friction_per_ps": settings.friction_per_ps,
         "seed": seed,
     }
+    usual = folder / "dynamics"
+    own, found = usual if gentler == 1 else usual / f"gentler_{gentler:g}", {}
     if settings.driver == "replica-exchange":
+        T = force_field.temperature_K
         frames, acceptance = exchange_bead_dynamics(
             force_field,
             beads,
-            folder / "dynamics",
-            hot_temperature_K=settings.hot_temperature_K,
+            own,
+            hot_temperature_K=T + gentler * (settings.hot_temperature_K - T),
             n_rungs=settings.rungs,
             exchange_every=settings.exchange_every,
             progress=stage.update,
             **common,
         )
-        figures["exchange_acceptance"] = float(np.nanmin(acceptance))
+        found["exchange_acceptance"] = float(np.nanmin(acceptance))
     else:
         frames = ase_bead_dynamics(
             force_field,
             beads,
-            folder / "dynamics",
+            own,
             driver=settings.driver,
             progress=lambda done, total, values: stage.update(
                 done, total, f"{values['temperature_K']:.0f} K"
             ),
             **common,
         )
-    longest = evaluation.longest_bond(frames, workspace.cg_map)
-    return figures | {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}
+    if own != usual:
+        for file in own.glob("*.dcd"):
+            file.replace(usual / file.name)
+    return frames, found
 
 
 def reconstruct_ensemble(workspace: Workspace, stage: Stage, k: int) -> Metrics:

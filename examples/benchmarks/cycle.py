@@ -196,7 +196,7 @@ def labels(runs: Path, args: argparse.Namespace) -> None:
     models = {"first": where / "iteration_0" / "model.ccg", "last": where / "model.ccg"}
     for name, part in (("all", slice(None)), ("below 4 kT", ~rare), ("above 4 kT", rare)):
         errors = {
-            which: evaluate_force_field(ForceField.load(path), found[part])
+            which: evaluate_force_field(ForceField.from_model(load_model(path)), found[part])
             for which, path in models.items()
         }
         first, final = (errors[which]["force_error"] for which in models)
