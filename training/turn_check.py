@@ -65,7 +65,7 @@ def check_turn(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         old, new = (evaluate_force_field(model, judged) for model in force_fields)
         excess = old["loss"] - old["loss_noise"]
         # Noise that is overestimated may be more than the whole loss: then a share of that.
-        gained = (old["loss"] - new["loss"]) / (excess if excess > 0 else old["loss"])
+        gained = min(1.0, (old["loss"] - new["loss"]) / (excess if excess > 0 else old["loss"]))
         parts["force_field"] = force_fields[gained > 0]
         found["force_field_gain"] = gained
         told.append(_of_force_field(gained, len(judged)))

@@ -43,7 +43,7 @@ from ccg_training.samples import Samples
 TOPOLOGY = Path(__file__).parents[1] / "alanine_dipeptide" / "alanine_dipeptide.pdb"
 BACKBONE = list(ALANINE_BEADS["slices"].values())
 TEMPERATURE_K, BINS, BUDGET = 300.0, 24, 1_000_000
-OF_SURFACE = {"beads": 160_000, "torsions": 80_000}  # calls that it may take
+OF_SURFACE = {"beads": 160_000, "torsions": 120_000}  # calls that it may take
 ON = {"beads": ["phi=torsion:C1-N2-CA2-C2", "psi=torsion:N2-CA2-C2-N3"], "torsions": ["phi", "psi"]}
 SETTINGS = """
 [flow]
@@ -132,7 +132,7 @@ def run(runs: Path, args: argparse.Namespace) -> None:
         out = where / f"{model.parent.name}.npz"
         if not out.exists():
             basins = ("--basin", "phi<0", "--basin", "phi>0")
-            grid = (*on, "--bins", BINS, *basins, "--most", 2048)
+            grid = (*on, "--bins", BINS, *basins, "--samples", 128, "--most", 4096)
             ccg("free-energy", model, config, *grid, "--out", out, "--seed", args.seed)
 
 

@@ -196,7 +196,9 @@ def plot(folder: Path, args: argparse.Namespace) -> None:
         ax.axhline(goal, color="0.5", linestyle=":", label="goal")
         ax.axhline(noise, color="0.7", label="noise of the reference")
         ax.set(xscale="log", yscale="log", xlabel="energy calls", ylabel=label)
-    of_surface.legend(fontsize=7)
+    figure.legend(
+        *of_surface.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8
+    )
     figure.savefig(args.figure, dpi=120)
 
 
