@@ -29,6 +29,7 @@ GRIDS = (24, 36)
 FINE = 72  # bins that are summed to those of the grids
 DRAWS = 200
 BIAS_BINS = 36
+METHYLS = ((0, 2, 3), (11, 12, 13), (19, 20, 21))  # hydrogens
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def equilibrium(folder: Path, seed: int, count: int = 100, steps: int = 200) -> 
     """Return frames without a bias: short dynamics from frames of the reference, drawn by weight.
 
     Each walker leaves `count` frames, `steps` apart, after ten times as long that is left out.
+    Methyl groups turn slowly, and all walkers began with one structure: hydrogens change their
+    names by a third of a turn, at random, which makes the three places of each equally likely.
     """
     ends = [read_npz(file) for file in sorted(folder.glob("static_*.npz"))]
     sound = np.all([end["sound"] for end in ends], axis=0)
@@ -184,8 +187,12 @@ def equilibrium(folder: Path, seed: int, count: int = 100, steps: int = 200) -> 
     walkers, rng = len(sound), np.random.default_rng(seed)
     place = (np.arange(walkers) + rng.random()) / walkers
     drawn = np.searchsorted(np.cumsum(weights) / weights.sum(), place)
+    starts = positions[drawn]
+    for methyl in METHYLS:
+        turn = (rng.integers(3, size=(walkers, 1)) + np.arange(3)) % 3
+        starts[:, methyl] = np.take_along_axis(starts[:, methyl], turn[..., None], axis=1)
     dynamics, flat = Walkers(), np.zeros_like(ends[0]["bias"])
-    run = dynamics.run(positions[drawn], None, flat, 10 * steps, [seed, 0])
+    run = dynamics.run(starts, None, flat, 10 * steps, [seed, 0])
     frames, energies = [], []
     for k in range(count):
         run = dynamics.run(run.positions, run.velocities, flat, steps, [seed, k + 1])
