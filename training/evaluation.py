@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from MDAnalysis.lib.formats.libdcd import DCDFile
@@ -27,9 +27,6 @@ from .estimators import (
 )
 from .reconstruction import Samples, pull_back_frames, reconstruct
 from .reference import ReferenceData
-
-if TYPE_CHECKING:
-    pass
 
 RARE_KT = 4.0  # a state is rare if its torsion bin lies this much above the most populated one
 _TORSION_BINS = 24

@@ -102,8 +102,11 @@ def _dynamics(
                 stacklevel=2,
             )
     longest = evaluation.longest_bond(frames, workspace.cg_map)
-    figures |= {"frames": frames.shape[0] * frames.shape[1], "longest_bond_A": longest}
-    return figures | {"exploded": _GENTLER.index(gentler)}
+    return figures | {
+        "frames": frames.shape[0] * frames.shape[1],
+        "longest_bond_A": longest,
+        "exploded": _GENTLER.index(gentler),
+    }
 
 
 def _run(

@@ -18,6 +18,7 @@ from .report_data import ReportData
 REFERENCE, BEADS, ATOMS = "#444444", "#d1495b", "#00798c"
 DEEPEST = 8.0  # kT shown in free-energy maps
 MOST_PANELS = 8
+CIRCLES = (-np.pi, np.pi, -np.pi, np.pi)  # of two torsions, as matplotlib's extent
 PI_TICKS = np.array([-np.pi, -np.pi / 2, 0, np.pi / 2, np.pi])
 
 
@@ -74,18 +75,17 @@ def free_energy_maps(data: ReportData) -> Figure | None:
 def _maps(panels: list[tuple[str, np.ndarray, str]], names: tuple[str, ...]) -> Figure:
     figure = new_figure(3.1 * len(panels) + 0.7, 5.9)
     axes = figure.subplots(2, len(panels), squeeze=False)
-    extent = (-np.pi, np.pi, -np.pi, np.pi)
     first, reference, _ = panels[0]
     for column, (title, histogram, _) in enumerate(panels):
         energy = metrics.free_energy(histogram).T
         image = axes[0, column].imshow(
-            energy, origin="lower", extent=extent, vmin=0, vmax=DEEPEST, cmap="viridis"
+            energy, origin="lower", extent=CIRCLES, vmin=0, vmax=DEEPEST, cmap="viridis"
         )
         axes[0, column].set_title(title)
         if column:
             gap = metrics.free_energy_difference(histogram, reference).T
             shift = axes[1, column].imshow(
-                gap, origin="lower", extent=extent, vmin=-2, vmax=2, cmap="RdBu_r"
+                gap, origin="lower", extent=CIRCLES, vmin=-2, vmax=2, cmap="RdBu_r"
             )
             axes[1, column].set_title(f"{title} − {first}")
     figure.colorbar(image, ax=axes[0, :], label="F (kT)", extend="max", shrink=0.9, pad=0.02)
@@ -112,8 +112,7 @@ def _maps(panels: list[tuple[str, np.ndarray, str]], names: tuple[str, ...]) -> 
 def _profiles(panels: list[tuple[str, np.ndarray, str]], names: tuple[str, ...]) -> Figure:
     figure = new_figure(6.5, 3.2)
     axes = figure.subplots()
-    bins = len(panels[0][1])
-    centres = (np.arange(bins) + 0.5) / bins * 2 * np.pi - np.pi
+    centres = metrics.torsion_centres(len(panels[0][1]))
     for title, histogram, colour in panels:
         axes.plot(centres, metrics.free_energy(histogram), color=colour, label=title, lw=1.8)
     axes.set_ylabel("F (kT)")
@@ -131,7 +130,7 @@ def surface_maps(data: ReportData) -> Figure | None:
     if F.ndim == 1:
         figure = new_figure(6.5, 3.2)
         axes = figure.subplots()
-        centres = (np.arange(len(F)) + 0.5) / len(F) * 2 * np.pi - np.pi
+        centres = metrics.torsion_centres(len(F))
         axes.plot(centres, F, color=ATOMS, lw=1.8)
         axes.fill_between(centres, F - 2 * error, F + 2 * error, color=ATOMS, alpha=0.25, lw=0)
         axes.plot(labels[:, 0], np.zeros(len(labels)), ".", color=REFERENCE, ms=3, clip_on=False)
@@ -140,7 +139,6 @@ def surface_maps(data: ReportData) -> Figure | None:
         _degrees(axes, data.torsion_names)
         return figure
     figure = new_figure(7.6, 3.4)
-    extent = (-np.pi, np.pi, -np.pi, np.pi)
     for axes, values, most, colours, name in zip(
         figure.subplots(1, 2),
         (F, error),
@@ -150,7 +148,7 @@ def surface_maps(data: ReportData) -> Figure | None:
         strict=True,
     ):
         image = axes.imshow(
-            values.T, origin="lower", extent=extent, vmin=0, vmax=most, cmap=colours
+            values.T, origin="lower", extent=CIRCLES, vmin=0, vmax=most, cmap=colours
         )
         figure.colorbar(image, ax=axes, label=name, extend="max", shrink=0.9)
         axes.plot(*labels.T, ".", color="white", ms=1.5)

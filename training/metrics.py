@@ -13,6 +13,11 @@ from ccg_mda.coverage import jensen_shannon
 BINS = 64
 
 
+def torsion_centres(bins: int) -> np.ndarray:
+    """Return the centres of the bins of `torsion_histogram` along an axis, (bins,) in rad."""
+    return (np.arange(bins) + 0.5) * (2 * np.pi / bins) - np.pi
+
+
 def torsion_histogram(
     torsions: np.ndarray, log_weights: np.ndarray | None = None, bins: int = BINS
 ) -> np.ndarray:

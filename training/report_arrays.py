@@ -10,7 +10,7 @@ from ccg_ase.forcefield import ForceField
 from ccg_mda.weights import effective_sample_size
 
 from .evaluation import dcd_frames, rare_states, torsions, two_levels
-from .metrics import independent_samples
+from .metrics import independent_samples, torsion_centres
 from .reference import read_npz
 from .report_data import ReportData
 from .samples import Samples
@@ -67,8 +67,7 @@ def _of_surface(workspace: Workspace, reference: np.ndarray, k: int) -> dict[str
     surface = surface_of_turns(workspace, range(1, k + 1))
     if len(names) not in _GRID or surface is None:
         return {}
-    size = _GRID[len(names)]
-    axis = (np.arange(size) + 0.5) * (2 * np.pi / size) - np.pi
+    axis = torsion_centres(_GRID[len(names)])
     points = np.stack(np.meshgrid(*[axis] * len(names), indexing="ij"), axis=-1)
     F, error = surface.free_energy(points.reshape(-1, len(names)))
     labels = labels_of_turns(workspace, range(1, k + 1))

@@ -23,6 +23,7 @@ from surface import Curve
 
 from ccg_ase.torsion_map import dihedral_angles
 from ccg_ase.units import thermal_energy
+from ccg_training.metrics import torsion_centres
 from ccg_training.reference import ReferenceData, read_npz, write_npz
 
 TEMPERATURE_K = 300.0
@@ -31,7 +32,7 @@ BINS = 24
 CHUNK, DEPOSIT, FRAME = 100_000, 500, 50  # steps
 BIAS_FACTOR, HEIGHT_KJ_MOL = 10.0, 1.0
 GRID = 73  # points of the bias from -π to π, both included
-FINE = (np.arange(3 * BINS) + 0.5) * (2 * np.pi / (3 * BINS)) - np.pi
+FINE = torsion_centres(3 * BINS)
 STORED_EQUILIBRATION = 50_000  # steps before the first frame of `simulate.py alanine`
 
 

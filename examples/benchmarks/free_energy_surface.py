@@ -142,10 +142,10 @@ def judged(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
         # Sums over centres are compared with sums over centres: they are up to 0.07 kT off.
         true_gap = surface.difference(truth.at_centres) if curve.at_centres else truth.difference
         for calls, seeds in zip(curve.calls, curve.free_energy.swapaxes(0, 1), strict=True):
-            rms = [surface.rms_error(F, truth, at_centres=curve.at_centres) for F in seeds]
+            errors = [surface.rms_error(F, truth, at_centres=curve.at_centres) for F in seeds]
             missing = np.mean([surface.unvisited(F, truth) for F in seeds])
             gap = np.array([surface.difference(F) for F in seeds])
-            columns = (np.array(rms), gap, np.abs(gap - true_gap))
+            columns = (np.array(errors), gap, np.abs(gap - true_gap))
             (rms, rms_sd), *of_gap = map(surface.mean_and_spread, columns)
             yield Row(name, int(calls), rms, rms_sd, float(missing), *chain(*of_gap))
 
@@ -161,9 +161,9 @@ def table(folder: Path, args: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         print(
-            f"| {row.method} | {row.calls} | {row.rms_kT:.2f} ± {row.rms_sd:.2f} | "
-            f"{row.unvisited:.0%} | {row.gap_kT:.2f} ± {row.gap_sd:.2f} | "
-            f"{row.gap_off_kT:.2f} ± {row.gap_off_sd:.2f} |"
+            f"| {row.method} | {row.calls} | {surface.told(row.rms_kT, row.rms_sd)} | "
+            f"{row.unvisited:.0%} | {surface.told(row.gap_kT, row.gap_sd)} | "
+            f"{surface.told(row.gap_off_kT, row.gap_off_sd)} |"
         )
     for bins in reference_surface.GRIDS:
         truth = Reference.load(surface.reference_file(folder), bins)

@@ -22,7 +22,7 @@ from measures import PHI_PSI
 
 from ccg_ase.torsion_map import dihedral_angles
 from ccg_mda.block_sums import bootstrap_error
-from ccg_training.metrics import free_energy, torsion_histogram
+from ccg_training.metrics import free_energy, torsion_centres, torsion_histogram
 from ccg_training.reference import ReferenceData, read_npz, read_structure, write_npz
 
 GRIDS = (24, 36)
@@ -159,7 +159,7 @@ def analyse(folder: Path) -> dict[str, np.ndarray]:
     for bins in GRIDS:
         sums = coarser(weighted, bins)
         free = free_energy(sums.sum(0) / sums.sum())
-        centre = (np.arange(bins) + 0.5) * (2 * np.pi / bins) - np.pi
+        centre = torsion_centres(bins)
         angles = torch.from_numpy(np.stack(np.meshgrid(centre, centre, indexing="ij"), -1))
         flat = frames.bias.of_angles(angles.reshape(-1, 2)).numpy().reshape(bins, bins)
         at_centres = np.log(sums.sum(0).max()) - flat - _log_at_centres(coarser(counts, bins))

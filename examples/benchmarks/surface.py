@@ -165,6 +165,13 @@ def unvisited(surface: np.ndarray, reference: Reference) -> float:
     return float(np.isnan(surface[reference.region]).mean())
 
 
+def told(value: float, spread: float) -> str:
+    """Say a mean and its spread; nothing, or no spread, where it isn't known."""
+    if np.isnan(value):
+        return ""
+    return f"{value:.2f}" if np.isnan(spread) else f"{value:.2f} ± {spread:.2f}"
+
+
 def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
     """Return mean and standard deviation over seeds; NaN unless all of them are finite."""
     if not np.isfinite(values).all():
