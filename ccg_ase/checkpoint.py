@@ -21,7 +21,7 @@ from ccg_ase.torsion_map import TorsionMap
 from ccg_ase.units import thermal_energy
 from ccg_ase.upgrades import upgrade
 
-FORMAT, VERSION = "ccg", 3
+FORMAT, VERSION = "ccg", 4
 _MAPS = {"beads": CGMap, "torsions": TorsionMap}
 _HEADER = "ccg"  # the one metadata key that holds the JSON text
 Part = TypeVar("Part", bound=nn.Module)

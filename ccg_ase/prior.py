@@ -27,11 +27,12 @@ class Prior(ExactConstants):
     bond i-j              k/2 (r - r0)², confining at all distances
     angle i-j-k           k/2 (cos θ - c0)², smooth at 180°
     dihedral i-j-k-l      Σₘ aₘ cos mφ + bₘ sin mφ, faded out where three beads are in line
-    volume i, j           A (1 - r/d)³ for r < d, of pairs more than 3 bonds apart
+    volume i, j           A (1 - r/d)³ for r < d, of pairs that aren't bonded
     ====================  =====================================================================
 
-    Molecules of one species share their bonded terms; volumes are those of pairs of types, within
-    and between molecules. In a periodic box, vectors along bonds are those of the nearest image.
+    Molecules of one species share their bonded terms; volumes are those of pairs of types, one for
+    beads 2 bonds apart, one for 3, and one for all farther, within and between molecules. In a
+    periodic box, vectors along bonds are those of the nearest image.
 
     Parameters
     ----------
@@ -39,8 +40,8 @@ class Prior(ExactConstants):
         JSON-able constants as `ccg_ase.prior_fit.fit_prior` makes them: ``temperature_K``; for
         every species under ``molecules`` its ``types`` and ``links`` (bonds), and rows of ``bonds``
         (i, j, r0 in Å, k in eV/Å²), ``angles`` (i, j, k, c0, k in eV) and ``dihedrals`` (i, j, k,
-        l, a₁, b₁, a₂, b₂, ... in eV) by the sites of one molecule; ``volumes`` (type, type, d in Å,
-        A in eV).
+        l, a₁, b₁, a₂, b₂, ... in eV) by the sites of one molecule; ``volumes`` (type, type, bonds
+        apart, d in Å, A in eV) with 2, 3, or 0 for all farther.
     topology
         The n beads.
 
@@ -76,12 +77,14 @@ class Prior(ExactConstants):
             rows = torch.from_numpy(np.ascontiguousarray(rows, int))
             self.register_buffer(name, rows, persistent=False)
         types, kind = np.unique(topology.types, return_inverse=True)
-        contact, strength = np.ones((2, len(types), len(types))) * [[[1.0]], [[0.0]]]
+        classes = MAX_BOND_CLASS + 1
+        contact, strength = (np.full([classes, *[len(types)] * 2], x) for x in (1.0, 0.0))
         row_of = {name: row for row, name in enumerate(types.tolist())}
-        for a, b, d, energy in config["volumes"]:
+        for a, b, apart, d, energy in config["volumes"]:
             if a in row_of and b in row_of:
-                pair = [row_of[a], row_of[b]], [row_of[b], row_of[a]]
+                pair = apart, [row_of[a], row_of[b]], [row_of[b], row_of[a]]
                 contact[pair], strength[pair] = d, energy
+        contact[MAX_BOND_CLASS], strength[MAX_BOND_CLASS] = contact[0], strength[0]
         self.reach_A = float((contact * (strength > 0)).max())
         """Greatest distance in Å at which a volume acts; 0 without volumes."""
         kind = torch.from_numpy(kind)
@@ -176,10 +179,9 @@ class Prior(ExactConstants):
         vectors = edges.vectors(x)
         r = ((vectors * vectors).sum(0) + SOFT).sqrt()
         source, target = edges.index
-        kinds = self.kind[source % n], self.kind[target % n]
-        far = ((edges.bonded == 0) | (edges.bonded == MAX_BOND_CLASS)).to(beads.dtype)
-        overlap, slope = (self.overlap[kinds] * far)[:, None], (self.slope[kinds] * far)[:, None]
-        energy = 0.5 * torch.addcmul(overlap, r, slope).relu() ** 3
+        pair = edges.bonded, self.kind[source % n], self.kind[target % n]
+        overlap = torch.addcmul(self.overlap[pair][:, None], r, self.slope[pair][:, None])
+        energy = 0.5 * overlap.relu() ** 3
         sites = energy.new_zeros(x.shape[1:]).index_add(0, target, energy)
         return edges.by_frame(sites, batch)
 
@@ -212,7 +214,7 @@ class Prior(ExactConstants):
                 for r in molecule["dihedrals"]
             ]
         rows += [
-            ("volume", r[:2], f"d = {r[2]:.4f} Å, A = {r[3]:.4g} eV")
+            ("volume", r[:2], f"{r[2] or 'over 3'} bonds apart, d = {r[3]:.4f} Å, A = {r[4]:.4g} eV")
             for r in self.config["volumes"]
         ]
         return [{"term": t, "beads": tuple(sites), "constants": c} for t, sites, c in rows]

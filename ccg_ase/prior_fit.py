@@ -36,7 +36,9 @@ def fit_prior(
     approximation is taken off, so that a lone bond reproduces mean and variance; cos θ has a flat
     volume element. A dihedral's series is fitted to -kT ln of its histogram. The contact distance
     of two types is a low percentile of the distance from a bead to the nearest one of the other
-    type, 5 Å at most. Statistics of molecules of one species are pooled.
+    type, 5 Å at most; one each for beads 2 bonds, 3 bonds and farther apart, since angles are too
+    soft to keep ends apart against a network that never saw them meet. Statistics of molecules of
+    one species are pooled.
 
     Parameters
     ----------
@@ -145,7 +147,9 @@ def _volumes(
     beads: np.ndarray, boxes: np.ndarray | None, topology: Topology, kT: float
 ) -> list[list[Any]]:
     names, kind = np.unique(topology.types, return_inverse=True)
-    classes, n_types, n = BondClasses(topology), len(names), len(topology)
+    classes = BondClasses(topology)
+    partners = _partners(topology, kind, len(names))
+    apart, other, site = np.nonzero(partners)
     nearest = []
     every = max(1, len(beads) // _CONTACT_FRAMES)
     for f in range(0, len(beads), every):
@@ -153,28 +157,29 @@ def _volumes(
             beads[f], _MAX_CONTACT_A, None if boxes is None else boxes[f]
         )
         bonded = classes(source, target)
-        far = (bonded == 0) | (bonded == MAX_BOND_CLASS)
-        of_frame = np.full((n_types, n), np.inf)  # nearest bead of each type to every bead
-        np.minimum.at(of_frame, (kind[source[far]], target[far]), lengths[far])
-        nearest.append(of_frame)
-    nearest, pairs = np.array(nearest), _pairs_apart(topology, kind, n_types)
+        bonded[bonded == MAX_BOND_CLASS] = 0
+        of_frame = np.full(partners.shape, _MAX_CONTACT_A)
+        np.minimum.at(of_frame, (bonded, kind[source], target), lengths)
+        nearest.append(of_frame[apart, other, site])
+    # One column per site and type of its partners, grouped by unordered pair of types.
+    groups = np.stack([apart, *np.sort([other, kind[site]], axis=0)])
+    keys, group = np.unique(groups, axis=1, return_inverse=True)
+    columns = np.array(nearest)
     rows = []
-    for a, b in np.argwhere(np.triu(pairs)).tolist():
-        both = [nearest[:, x][:, kind == y].ravel() for x, y in {(a, b), (b, a)}]
-        contact = np.percentile(
-            np.minimum(np.concatenate(both), _MAX_CONTACT_A), _CONTACT_PERCENTILE
-        )
-        rows.append([str(names[a]), str(names[b]), float(contact), _VOLUME_STRENGTH * kT])
+    for k, (c, a, b) in enumerate(keys.T.tolist()):
+        contact = np.percentile(columns[:, group == k], _CONTACT_PERCENTILE)
+        rows.append([str(names[a]), str(names[b]), c, float(contact), _VOLUME_STRENGTH * kT])
     return rows
 
 
-def _pairs_apart(topology: Topology, kind: np.ndarray, n_types: int) -> np.ndarray:
-    """Whether two beads of a pair of types are ever more than 3 bonds apart, (types, types)."""
+def _partners(topology: Topology, kind: np.ndarray, n_types: int) -> np.ndarray:
+    """Beads of every type 2, 3, or (row 0) more bonds from every bead, shape (4, types, n)."""
     near = topology.near(np.arange(len(topology)), MAX_BOND_CLASS - 1)
-    close = np.zeros((n_types, n_types))
-    np.add.at(close, (kind[near.source], kind[near.site]), 1)
-    count = np.bincount(kind, minlength=n_types)
-    return np.multiply.outer(count, count) > close
+    partners = np.zeros((MAX_BOND_CLASS, n_types, len(topology)), dtype=int)
+    np.add.at(partners, (near.distance, kind[near.site], near.source), 1)
+    partners[0] = np.bincount(kind, minlength=n_types)[:, None] - partners.sum(0)
+    partners[1] = 0  # bonded: what holds them apart is their bond
+    return partners
 
 
 def _rows(sites: np.ndarray, *constants: np.ndarray) -> list[list[float]]:

@@ -60,4 +60,19 @@ def _from_2(header: Header, tensors: Tensors) -> tuple[Header, Tensors]:
     return {**header, "configs": configs}, renamed
 
 
-_STEPS: tuple[Callable[[Header, Tensors], tuple[Header, Tensors]], ...] = (_from_1, _from_2)
+def _from_3(header: Header, tensors: Tensors) -> tuple[Header, Tensors]:
+    """Version 3 had volumes of beads more than 3 bonds apart only."""
+    configs = dict(header["configs"])
+    if "force_field" in configs:
+        prior = configs["force_field"]["prior"]
+        volumes = [[a, b, 0, d, energy] for a, b, d, energy in prior["volumes"]]
+        config = {**configs["force_field"], "prior": {**prior, "volumes": volumes}}
+        configs["force_field"] = config
+    return {**header, "configs": configs}, tensors
+
+
+_STEPS: tuple[Callable[[Header, Tensors], tuple[Header, Tensors]], ...] = (
+    _from_1,
+    _from_2,
+    _from_3,
+)

@@ -62,7 +62,7 @@ def system(*molecules, cell=None, frames=40, seed=0, cutoff_A=CUTOFF_A, **option
             cg_map, 300.0, beads, boxes=boxes, terms=TERMS, cutoff_A=cutoff_A, **options
         ).double()
         # Fitted volumes hardly act in the frames that they were fitted to.
-        volumes = [[*pair, 1.5 * d, energy] for *pair, d, energy in made.config["prior"]["volumes"]]
+        volumes = [[*key, 1.5 * d, energy] for *key, d, energy in made.config["prior"]["volumes"]]
         prior = {**made.config["prior"], "volumes": volumes}
         wide = ForceField.from_config(cg_map, 300.0, {**made.config, "prior": prior}).double()
         wide.load_state_dict(made.state_dict())

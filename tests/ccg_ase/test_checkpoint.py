@@ -123,16 +123,19 @@ def test_version_1_keeps_its_force_field_and_says_what_to_do_about_the_rest():
         model.restore("backmapper", ForceField)
 
 
-def test_version_2_has_the_energies_that_its_code_gave():
-    """One network and priors by bead became members and priors by species and type."""
-    model = load_model(Path(__file__).parents[1] / "data" / "version_2.ccg")
+@pytest.mark.parametrize(
+    ("version", "terms"), [(2, {"bonds": 5, "angles": 5, "dihedrals": 3}),
+                           (3, {"bonds": 3, "angles": 2, "dihedrals": 1})]
+)  # fmt: skip
+def test_older_versions_have_the_energies_that_their_code_gave(version, terms):
+    """Version 2: one network, priors by bead. Version 3: volumes of beads far apart only."""
+    model = load_model(Path(__file__).parents[1] / "data" / f"version_{version}.ccg")
     force_field = ForceField.from_model(model)
-    assert (model.version, force_field.dtype) == (2, torch.float32)
-    assert force_field.temperatures_K == (310.15, 310.15)
+    assert (model.version, force_field.dtype) == (version, torch.float32)
     assert (force_field.n_members, force_field.periodic) == (1, False)
     (molecule,) = force_field.config["prior"]["molecules"]
-    terms = [len(molecule[kind]) for kind in ("bonds", "angles", "dihedrals")]
-    assert [*terms, len(force_field.config["prior"]["volumes"])] == [5, 5, 3, 2]
+    assert {kind: len(molecule[kind]) for kind in terms} == terms
+    assert {row[2] for row in force_field.config["prior"]["volumes"]} == {0}
     record = model.provenance
     x = torch.tensor(record["beads_A"], dtype=torch.float64)
     energy, forces = force_field.double().energy_and_forces(x)

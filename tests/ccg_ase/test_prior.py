@@ -68,7 +68,7 @@ def test_dihedral_sign_is_that_of_ase():
 
 def test_excluded_volume():
     x = torch.tensor([[0.0, 0, 0], [2, 0, 0]], dtype=torch.float64)
-    prior = prior_of(n=2, volumes=[["A", "B", 4.0, 8.0]])
+    prior = prior_of(n=2, volumes=[["A", "B", 0, 4.0, 8.0]])
     assert prior(x).item() == pytest.approx(1.0, rel=1e-4)
     assert prior(2 * x).item() == pytest.approx(0.0, abs=1e-12)
     assert prior(0 * x).item() == pytest.approx(8.0, rel=1e-2)
@@ -77,28 +77,32 @@ def test_excluded_volume():
     # In a box of 5 Å, images of the other bead are 2 and 3 Å away, those of the bead itself 5 Å.
     box = torch.diag(torch.tensor([5.0, 30, 30], dtype=torch.float64))
     assert prior(x, box=box).item() == pytest.approx(1.0 + 8 * 0.25**3, rel=1e-4)
-    assert prior_of(n=2, volumes=[["A", "A", 6.0, 8.0]])(x, box=box).item() == pytest.approx(
+    assert prior_of(n=2, volumes=[["A", "A", 0, 6.0, 8.0]])(x, box=box).item() == pytest.approx(
         8 * (1 / 6) ** 3, rel=1e-3
     )
 
 
+@pytest.mark.parametrize("apart", [2, 3, 0])
 @pytest.mark.parametrize("types", ["AB", "AA"])
-def test_volumes_are_of_pairs_more_than_three_bonds_apart(types):
-    """A chain of five in a heap: the ends repel each other, no other pair does."""
+def test_volumes_are_of_pairs_so_many_bonds_apart(types, apart):
+    """A chain of six in a heap, 0.5 Å from bead to bead; no bonded pair repels."""
+    n = 6
     topology = Topology(
-        names="ABCDE", types=(types[0], *"XYZ", types[1]), masses=[1] * 5,
-        bonds=[(i, i + 1) for i in range(4)],
+        names="ABCDEF", types=[types[i % 2] for i in range(n)], masses=[1] * n,
+        bonds=[(i, i + 1) for i in range(n - 1)],
     )  # fmt: skip
-    names = sorted({*types, *"XYZ"})
     (species,) = species_of(topology)
     config = {
         "temperature_K": 300.0,
         "molecules": [{**species.key, "bonds": [], "angles": [], "dihedrals": []}],
-        "volumes": [[a, b, 4.0, 8.0] for a in names for b in names if a <= b],
+        "volumes": [["A", types[1], apart, 4.0, 8.0]],
     }
-    x = torch.zeros(5, 3, dtype=torch.float64)
-    x[:, 0] = torch.tensor([0.0, 0.5, 1, 1.5, 2])
-    assert Prior(config, topology)(x).item() == pytest.approx(1.0, rel=1e-3)
+    x = torch.zeros(n, 3, dtype=torch.float64)
+    x[:, 0] = 0.5 * torch.arange(n)
+    bonds = np.arange(n)
+    meant = (bonds == apart if apart else bonds > 3) & ((bonds % 2 == 1) | (types == "AA"))
+    expected = ((n - bonds) * 8.0 * (1 - 0.5 * bonds / 4) ** 3)[meant].sum()
+    assert Prior(config, topology)(x).item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_bonds_broken_across_the_box_are_those_of_nearest_images():
@@ -185,7 +189,7 @@ def test_bonds_confine_at_all_distances(ala2_prior, ala2_beads):
 def test_table():
     """One row per term, with its beads, or its pair of types, and its constants."""
     prior = prior_of(
-        bonds=BONDS, angles=ANGLES, dihedrals=DIHEDRALS, volumes=[["A", "D", 3.25, 7.5]]
+        bonds=BONDS, angles=ANGLES, dihedrals=DIHEDRALS, volumes=[["A", "D", 3, 3.25, 7.5]]
     )
     rows = prior.table()
     kinds = ["bond"] * 3 + ["angle"] * 2 + ["dihedral", "volume"]
@@ -193,5 +197,5 @@ def test_table():
     assert rows[1]["beads"] == (1, 2)
     assert rows[1]["constants"] == "r0 = 1.6000 Å, k = 20 eV/Å²"
     assert rows[-1]["beads"] == ("A", "D")
-    assert rows[-1]["constants"] == "d = 3.2500 Å, A = 7.5 eV"
+    assert rows[-1]["constants"] == "3 bonds apart, d = 3.2500 Å, A = 7.5 eV"
     assert rows[5]["beads"] == (0, 1, 2, 3)

@@ -65,12 +65,16 @@ def test_dihedral_series_inverts_its_histogram():
 def test_fit_of_alanine_dipeptide(ala2_prior, ala2_beads):
     (molecule,) = ala2_prior.config["molecules"]
     assert [len(molecule[key]) for key in ("bonds", "angles", "dihedrals")] == [4, 3, 0]
-    ((one, other, contact, _),) = ala2_prior.config["volumes"]
-    ends = np.linalg.norm(ala2_beads[:, 0] - ala2_beads[:, 4], axis=-1)
-    assert {one, other} == {"ACE:C", "NME:N"}
-    assert contact == pytest.approx(np.percentile(np.minimum(ends, 5), 0.5), rel=1e-12)
+    pairs = {(0, 4): 0, (0, 3): 3, (1, 4): 3, (0, 2): 2, (1, 3): 2, (2, 4): 2}
+    types = molecule["types"]
+    volumes = {(frozenset(row[:2]), row[2]): row[3] for row in ala2_prior.config["volumes"]}
+    assert len(volumes) == len(pairs)
+    for (i, j), apart in pairs.items():
+        r = np.linalg.norm(ala2_beads[:, i] - ala2_beads[:, j], axis=-1)
+        contact = volumes[frozenset((types[i], types[j])), apart]
+        assert contact == pytest.approx(np.percentile(np.minimum(r, 5), 0.5), rel=1e-12)
     rows = ala2_prior.table()
-    assert [row["term"] for row in rows] == ["bond"] * 4 + ["angle"] * 3 + ["volume"]
+    assert [row["term"] for row in rows] == ["bond"] * 4 + ["angle"] * 3 + ["volume"] * 6
     # In the data, every quadratic degree of freedom holds about kT/2.
     energies = ala2_prior(torch.from_numpy(ala2_beads)).numpy()
     assert energies.mean() == pytest.approx(7 / 2 * KT, rel=0.15)
@@ -101,7 +105,7 @@ def test_contact_is_a_percentile_of_nearest_distances():
     beads = np.zeros((201, 3, 3))
     beads[:, 1, 0], beads[:, 2, 0] = r, -r - 0.7
     topology = Topology(names="ABB", types="ABB", masses=[1] * 3)
-    found = {(a, b): d for a, b, d, _ in fit_prior(beads, topology, 300).config["volumes"]}
+    found = {(a, b): d for a, b, _, d, _ in fit_prior(beads, topology, 300).config["volumes"]}
     assert set(found) == {("A", "B"), ("B", "B")}
     # From A the nearest B is at r; from the two B, A is at r and r + 0.7.
     assert found["A", "B"] == pytest.approx(np.percentile(np.r_[r, r, r + 0.7], 0.5), abs=1e-12)
@@ -110,7 +114,7 @@ def test_contact_is_a_percentile_of_nearest_distances():
     # In a box of 4 Å, the other B is nearer by its image where 4 - r - 0.7 < r.
     boxes = np.tile(np.diag([4.0, 40, 40]), (201, 1, 1))
     wrapped = fit_prior(beads, topology, 300, boxes=boxes).config["volumes"]
-    (contact,) = [d for a, b, d, _ in wrapped if (a, b) == ("A", "B")]
+    (contact,) = [d for a, b, _, d, _ in wrapped if (a, b) == ("A", "B")]
     near, far = np.minimum(r, 4 - r), np.abs((r + 0.7 + 2) % 4 - 2)
     every = np.r_[near, far, np.minimum(near, far)]
     assert contact == pytest.approx(np.percentile(every, 0.5), abs=1e-12)
@@ -119,7 +123,7 @@ def test_contact_is_a_percentile_of_nearest_distances():
 def test_types_that_never_meet_touch_at_five_angstrom():
     beads = np.zeros((3, 2, 3))
     beads[:, 1, 0] = 9.0
-    ((_, _, contact, strength),) = fit_prior(
+    ((_, _, _, contact, strength),) = fit_prior(
         beads, Topology(names="AB", masses=[1, 1]), 300
     ).config["volumes"]
     assert contact == 5.0
