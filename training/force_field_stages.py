@@ -32,6 +32,7 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     last = "model.ccg" if workspace.by_torsions else "flow.ccg"
     flow = Backmapper.load(workspace.iteration(k) / last, device=workspace.device)
     force_variance, log_weight_variance = _scatter(workspace, k)
+    blocks = train.blocks()
     kt = thermal_energy(workspace.temperature_K)
     parts = []
     for piece in np.array_split(chosen, max(1, len(chosen) // 2000)):
@@ -48,6 +49,7 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
                 force_variance * every,
                 single,
                 kt**2 * log_weight_variance * every,
+                run=blocks[piece],
                 origin=FRAME,
             )
         )
@@ -58,7 +60,7 @@ def label_frames(workspace: Workspace, stage: Stage, k: int) -> Metrics:
         plain = force_map.apply(train.forces[chosen])
         if not quieter(labels.force, plain):
             figures["plain_forces"] = True
-            labels = Labels.from_forces(labels.beads, plain)
+            labels = Labels.from_forces(labels.beads, plain, run=labels.run)
             stage.update(note="plain forces: labels pulled back through the flow have more noise")
     labels.save(workspace.iteration(k) / "frame_labels.npz")
     return {"labels": len(labels)} | figures

@@ -36,8 +36,8 @@ class Labels:
     boxes
         Cell vectors in rows, (L, 3, 3), Å. NaN: open space.
     run
-        Number of the run of dynamics whose frame a label is from, (L,): `split` keeps those of one
-        run together, since they are alike. NaN: a label by itself.
+        Number of the run of dynamics, or the part of one, whose frame a label is from, (L,):
+        `split` keeps those of one run together, since they are alike. NaN: a label by itself.
     origin
         What each label comes from, (L,) str: `PLAIN` or `ANNEALED` weighted samples, frames of
         `RESTRAINED` dynamics, a `FRAME` of the reference, a mapped `FORCE`; "" where that isn't
@@ -144,6 +144,7 @@ class Labels:
         *,
         boxes: np.ndarray | None = None,
         temperature_K: np.ndarray | None = None,
+        run: np.ndarray | None = None,
     ) -> Labels:
         """Take the mapped force on the beads of every frame: its mean at a state is -∂F/∂s.
 
@@ -153,11 +154,11 @@ class Labels:
         ----------
         beads, forces
             (L, n_beads, 3), Å and eV/Å; `ForceMap.apply` maps atomistic forces.
-        boxes, temperature_K
+        boxes, temperature_K, run
             As for the class.
         """
-        unknown = np.full(len(beads), np.nan)
-        return cls(beads, forces, unknown, boxes=boxes, temperature_K=temperature_K, origin=FORCE)
+        known = {"boxes": boxes, "temperature_K": temperature_K, "run": run}
+        return cls(beads, forces, np.full(len(beads), np.nan), **known, origin=FORCE)
 
     @classmethod
     def concatenate(cls, *parts: Labels) -> Labels:

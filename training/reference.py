@@ -102,23 +102,28 @@ class ReferenceData:
         """Atoms per frame."""
         return self.positions.shape[1]
 
-    def split(self, holdout_fraction: float = 0.1) -> tuple[ReferenceData, ReferenceData]:
-        """Split into training and held-out frames.
+    def blocks(self) -> np.ndarray:
+        """Return the number of the block that each frame is in, (N,): frames of a block are alike.
 
-        Every walker is cut into 100 contiguous blocks, and blocks at even distances are held out
-        (every tenth at 0.1): neighbouring frames are correlated, so single frames held out would
-        be known from their neighbours. Of 20 walkers or more, whole ones are held out: what such
-        data ask is whether the model holds at walkers (coarse states) that it doesn't know.
+        Neighbouring frames are correlated, so single frames held out would be known from their
+        neighbours: 100 contiguous blocks of every walker. Of 20 walkers or more, each is a block:
+        what such data ask is whether a model holds at walkers (coarse states) that it doesn't know.
+        """
+        walkers, block = np.unique(self.walker, return_inverse=True)
+        if len(walkers) < _MANY_WALKERS:
+            for k, walker in enumerate(walkers):
+                (index,) = np.nonzero(self.walker == walker)
+                block[index] = 100 * k + np.arange(len(index)) * 100 // len(index)
+        return block
+
+    def split(self, holdout_fraction: float = 0.1) -> tuple[ReferenceData, ReferenceData]:
+        """Split into training and held-out frames, by `blocks` at even distances.
 
         Returns
         -------
         train, held_out
         """
-        walkers, block = np.unique(self.walker, return_inverse=True)
-        if len(walkers) < _MANY_WALKERS:
-            for walker in walkers:
-                (index,) = np.nonzero(self.walker == walker)
-                block[index] = np.arange(len(index)) * 100 // len(index)
+        block = self.blocks()
         step = np.floor((block + 1) * holdout_fraction + 0.5)
         held = step > np.floor(block * holdout_fraction + 0.5)
         if held.all() or not held.any():
