@@ -74,9 +74,10 @@ system = "system.xml"
 [mapping]
 preset = "ca"
 [flow]
-coordinate_steps = 200
-force_steps = 60
-refit_steps = 40
+coordinate_steps = 0
+force_steps = 0
+loss = "likelihood"
+refit_steps = 100
 [reference]
 source = "structure"
 hot_time_ps = 400
