@@ -57,8 +57,9 @@ def test_stored_frames_have_the_labels_of_less_noise(which, flow, poor, frames, 
     model = {"flow": flow, "poor": poor}[which]
     parts = {"backmapper": model}
     save_model(tmp_path / "flow.ccg", cg_map=flow.cg_map, temperature_K=TEMPERATURE_K, parts=parts)
+    walker = np.arange(N) * 25 // N
     workspace = SimpleNamespace(
-        data=(ReferenceData(frames.positions, frames.forces, frames.energy), None),
+        data=(ReferenceData(frames.positions, frames.forces, frames.energy, walker), None),
         config=SimpleNamespace(cycle=SimpleNamespace(n_frame_labels=200)),
         iteration=lambda k: tmp_path,
         by_torsions=False,
@@ -75,6 +76,7 @@ def test_stored_frames_have_the_labels_of_less_noise(which, flow, poor, frames, 
     chosen = np.unique(np.linspace(0, N - 1, 200).astype(int))
     off = labels.force - frames.bead_force[chosen]
     assert np.abs(off.mean(0) / (off.std(0) / np.sqrt(len(off)) + 1e-9)).max() < 4
+    np.testing.assert_array_equal(labels.run, walker[chosen])  # held out by whole walkers
 
 
 def test_no_map_where_forces_are_not_known(flow, frames):
