@@ -214,8 +214,8 @@ class Prior(ExactConstants):
                 for r in molecule["dihedrals"]
             ]
         rows += [
-            ("volume", r[:2], f"{r[2] or 'over 3'} bonds apart, d = {r[3]:.4f} Å, A = {r[4]:.4g} eV")
-            for r in self.config["volumes"]
+            ("volume", (a, b), f"{apart or 'over 3'} bonds apart, d = {d:.4f} Å, A = {energy:.4g} eV")
+            for a, b, apart, d, energy in self.config["volumes"]
         ]
         return [{"term": t, "beads": tuple(sites), "constants": c} for t, sites, c in rows]
 

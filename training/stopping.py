@@ -56,6 +56,16 @@ def reserved_calls(config: Config) -> int:
     return ensemble + held_out
 
 
+def reserved_seconds(config: Config, records: list[Metrics]) -> float:
+    """Return the wall time that the stages after the loop take, as far as the last turn tells.
+
+    That of the final bead dynamics, by the speed of those in the turn. The latter turn dihedrals,
+    too, which the final ones don't: that leaves time for the checks.
+    """
+    last = [record["seconds"] for record in records if record["stage"] == "bead dynamics"][-1:]
+    return sum(last) * config.dynamics.n_final_steps / config.dynamics.n_steps
+
+
 def calls_left(config: Config, records: list[Metrics]) -> int | None:
     """Return the energy calls that the labels of the next turn may take; None: no limit."""
     limit = config.stop.max_calls
@@ -98,11 +108,12 @@ def stop(config: Config, records: list[Metrics], k: int) -> Stop | None:
     if settings.max_hours is not None:
         spent = seconds_spent(records)
         expected = max((seconds_spent(records, turn) for turn in range(1, k + 1)), default=0.0)
-        if spent + expected > 3600 * settings.max_hours:
+        final = reserved_seconds(config, records)
+        if spent + expected + final > 3600 * settings.max_hours:
             return Stop(
                 "wall time",
-                f"{spent / 3600:.2f} h were spent of {settings.max_hours:.3g} h, and another turn "
-                f"would take some {expected / 60:.0f} min",
+                f"{spent / 3600:.2f} h were spent of {settings.max_hours:.3g} h, another turn "
+                f"would take some {expected / 60:.0f} min, the final check {final / 60:.0f} min",
             )
     return None
 

@@ -88,6 +88,11 @@ def test_a_turn_that_may_not_fit_is_not_begun():
     assert reason(configured(max_hours=hours + 0.001), turn(1)) is None
     found = stop(configured(max_hours=hours), START + turn(1), 1)
     assert "0.18 h were spent of 0.2 h" in found.sentence
+    # The final dynamics are five times as long as those of a turn.
+    dynamics = [record("bead dynamics", 1, seconds=30.0), *turn(1, seconds=30.0)]
+    hours = (600 + 60 + 60 + 150) / 3600
+    assert reason(configured(max_hours=hours - 0.001), dynamics) == "wall time"
+    assert reason(configured(max_hours=hours + 0.001), dynamics) is None
 
 
 def test_a_continued_run_takes_every_decision_again_on_what_it_knew_then():
