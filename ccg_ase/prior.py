@@ -214,8 +214,8 @@ class Prior(ExactConstants):
                 for r in molecule["dihedrals"]
             ]
         rows += [
-            ("volume", (a, b), f"{apart or 'over 3'} bonds apart, d = {d:.4f} Å, A = {energy:.4g} eV")
-            for a, b, apart, d, energy in self.config["volumes"]
+            ("volume", (i, j), f"{n or 'over 3'} bonds apart, d = {d:.4f} Å, A = {A:.4g} eV")
+            for i, j, n, d, A in self.config["volumes"]
         ]
         return [{"term": t, "beads": tuple(sites), "constants": c} for t, sites, c in rows]
 
