@@ -47,3 +47,14 @@ def bead_energies(
         torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)
     )
     return energies, forces
+
+
+def prior_energies(
+    force_field: ForceField, beads: np.ndarray, *, batch_size: int = 2000
+) -> np.ndarray:
+    """Return what the prior of a force field says of beads in open space (N, n_beads, 3), in eV."""
+    parts = []
+    for start in range(0, len(beads), batch_size):
+        batch = torch.from_numpy(np.asarray(beads[start : start + batch_size], dtype=np.float64))
+        parts.append(force_field.prior(batch.to(force_field.device, force_field.dtype)))
+    return torch.cat(parts).double().cpu().numpy()

@@ -34,6 +34,12 @@ class Cycle(Section):
     diverse: float = Field(
         0.25, ge=0, le=1, description="share of states far from all others; the rest by population"
     )
+    unknown: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of states too far from all known ones to believe highest_kT there",
+    )
     max_calls_per_turn: NonNegativeInt | None = Field(
         None, description="energy calls that labelling may spend in a turn"
     )
@@ -85,10 +91,11 @@ class Cycle(Section):
 
     @model_validator(mode="after")
     def _shares(self) -> Cycle:
-        if self.uncertain + self.diverse > 1:
+        shares = self.uncertain + self.diverse + self.unknown
+        if shares > 1:
             raise fault(
-                f"uncertain + diverse = {self.uncertain + self.diverse:g} is more than 1: they are "
-                "shares of the labelled states"
+                f"uncertain + diverse + unknown = {shares:g} is more than 1: they are shares of "
+                "the labelled states"
             )
         return self
 

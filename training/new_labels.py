@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ccg_ase.energies import bead_energies
+from ccg_ase.energies import bead_energies, prior_energies
 from ccg_ase.forcefield import ForceField
 from ccg_ase.units import thermal_energy
 from ccg_mda.flow import Backmapper
@@ -21,7 +21,7 @@ from .reference import write_npz
 from .restrained import RestrainedFrames, restrained_frames
 from .restrained_labels import Restraint
 from .stages import Metrics
-from .states import choose_states, committee_spread
+from .states import beyond, choose_states, committee_spread
 from .system import openmm_potential_of
 from .torsion_surface import FreeEnergy, TorsionSurface
 from .turn_labels import labels_of_turns, surface_of_turns
@@ -82,33 +82,52 @@ def label_states(workspace: Workspace, stage: Stage, k: int, max_calls: int | No
 def _states(workspace: Workspace, stage: Stage, k: int, force_field: ForceField) -> np.ndarray:
     """Choose among the bead states that dynamics led to, with hotter rungs and turned dihedrals.
 
-    Of these, such as lie too high above the ensemble are left out.
+    Of these, such as lie too high above the ensemble are left out, but for a few that are far from
+    all that the force field was taught: a basin that it takes for a hill would never be found
+    otherwise.
     """
     settings, folder = workspace.config.cycle, workspace.iteration(k) / "dynamics"
-    ensemble, *further = (
+    ensemble, *others = (
         evaluation.dcd_frames(path)
         for path in (folder / name for name in ("beads.dcd", "hot.dcd", "turned.dcd"))
         if path.exists()
     )
-    usual = np.median(bead_energies(force_field, ensemble)[0])
-    highest = usual + settings.highest_kT * thermal_energy(workspace.temperature_K)
-    low = [states[bead_energies(force_field, states)[0] <= highest] for states in further]
-    visited = np.concatenate([ensemble, *low])
+    frames, topology = np.concatenate([ensemble, *others]), workspace.cg_map.beads
+    limit = settings.highest_kT * thermal_energy(workspace.temperature_K)
+    low, allowed = (
+        energy <= np.median(energy[: len(ensemble)]) + limit
+        for energy in (bead_energies(force_field, frames)[0], prior_energies(force_field, frames))
+    )
+    low[: len(ensemble)] = True
+    visited, labelled = frames[low], labels_of_turns(workspace, range(1, k))
     spread = committee_spread(force_field, visited)
     if spread is None and settings.uncertain:
         stage.update(note="the force field has one member: diverse states instead of uncertain")
-    labelled = labels_of_turns(workspace, range(1, k))
+    known = [workspace.cg_map.apply(workspace.data[0].positions)]
+    if labelled is not None:
+        known.append(labelled.beads)
+    unknown = frames[~low & allowed]
+    unknown = unknown[beyond(unknown, ensemble, np.concatenate(known), topology)]
+    n_states = min(settings.n_states, len(visited))
+    n_unknown = min(round(settings.unknown * n_states), len(unknown), n_states - 1)
     chosen = choose_states(
         visited,
-        min(settings.n_states, len(visited)),
-        workspace.cg_map.beads,
+        n_states - n_unknown,
+        topology,
         diverse=settings.diverse,
         uncertain=settings.uncertain,
         spread=spread,
         labelled=None if labelled is None else labelled.beads,
         seed=workspace.seed(k, 8),
     )
-    return visited[chosen]
+    if not n_unknown:
+        return visited[chosen]
+    stage.update(note=f"{stage.note} {n_unknown} states far from all known ones".strip())
+    known.append(visited[chosen])
+    far = choose_states(
+        unknown, n_unknown, topology, diverse=1.0, labelled=np.concatenate(known), seed=0
+    )
+    return np.concatenate([visited[chosen], unknown[far]])
 
 
 def _torsion_states(workspace: Workspace, k: int, known: TorsionSurface | None) -> np.ndarray:

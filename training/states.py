@@ -17,6 +17,7 @@ _MAX_CANDIDATES = 20_000
 _MAX_DISTANCES = 2000
 _AT_ONCE = 1000  # states that a committee sees at a time
 _TINY = 1e-300
+_USUAL_PERCENTILE = 99
 _DISTANCE_SHARE = 0.25  # weight of all distances together, against all dihedrals together
 
 
@@ -101,6 +102,30 @@ def committee_spread(force_field: ForceField, beads: np.ndarray) -> np.ndarray |
     energy, force = np.concatenate(energies, axis=1), np.concatenate(forces)
     energy = (energy - energy.mean(1, keepdims=True)).std(0)
     return sum(spread / max(spread.mean(), _TINY) for spread in (energy, force)) / 2
+
+
+def beyond(
+    beads: np.ndarray, usual: np.ndarray, known: np.ndarray, topology: Topology
+) -> np.ndarray:
+    """Return which states lie farther from all known ones than usual states do, bool (N,).
+
+    That is, than 99 % of the usual ones. A model that was taught at the known states is on its own
+    there, and the members of a committee, taught alike, may well agree on the wrong energy.
+
+    Parameters
+    ----------
+    beads, usual, known
+        States (N, n_beads, 3), in Å: those in question, those of the ensemble, and those that the
+        model was taught at.
+    topology
+        Of the beads.
+    """
+    features = state_features(np.concatenate([beads, usual, known]), topology)
+    asked, ordinary, taught = np.split(features, np.cumsum([len(beads), len(usual)]))
+    if not features.shape[1]:
+        return np.zeros(len(beads), bool)
+    tree = cKDTree(taught)
+    return tree.query(asked)[0] > np.percentile(tree.query(ordinary)[0], _USUAL_PERCENTILE)
 
 
 def choose_states(
