@@ -38,7 +38,7 @@ class Cycle(Section):
         0.05,
         ge=0,
         le=1,
-        description="share of states too far from all known ones to believe highest_kT there",
+        description="share, taken off first, of states too far from all known ones to know their F",
     )
     max_calls_per_turn: NonNegativeInt | None = Field(
         None, description="energy calls that labelling may spend in a turn"
@@ -91,11 +91,10 @@ class Cycle(Section):
 
     @model_validator(mode="after")
     def _shares(self) -> Cycle:
-        shares = self.uncertain + self.diverse + self.unknown
-        if shares > 1:
+        if self.uncertain + self.diverse > 1:
             raise fault(
-                f"uncertain + diverse + unknown = {shares:g} is more than 1: they are shares of "
-                "the labelled states"
+                f"uncertain + diverse = {self.uncertain + self.diverse:g} is more than 1: they are "
+                "shares of the labelled states"
             )
         return self
 

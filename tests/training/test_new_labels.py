@@ -1,4 +1,4 @@
-"""Which torsions a turn labels: some of the frames, and where a label tells most."""
+"""Which states a turn labels: of torsions, and of beads."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from known_torsions import KT, labels, true_F
 
+from ccg_ase.forcefield import ForceField
+from ccg_ase.mapping import CGMap
+from ccg_ase.topology import Topology
+from ccg_ase.torsion_map import dihedral_angles
 from ccg_training import new_labels
 from ccg_training.config_loop import Cycle
+from ccg_training.sampling import write_dcd
 from ccg_training.torsion_surface import TorsionSurface
 
 
@@ -85,3 +90,56 @@ def test_without_a_surface_they_are_frames_and_some_of_them_far_from_all_others(
     assert np.mean(states[:, 0] > 0.5) > 0.05
     np.testing.assert_array_equal(states, chosen(frames, None, n_states=40))
     assert len(chosen(frames[:10], None)) == 10
+
+
+@pytest.fixture
+def visited(tmp_path):
+    """Four beads: an ensemble around φ = 0, and turned all round; some of these fell apart."""
+    rng = np.random.default_rng(0)
+
+    def frames(phi):
+        x = np.zeros((len(phi), 4, 3))
+        x[:, 0], x[:, 2] = [0, 3.0, 0], [4.0, 0, 0]
+        x[:, 3] = np.stack([4 + 0 * phi, 3 * np.cos(phi), 3 * np.sin(phi)], 1)
+        return x + 0.05 * rng.normal(size=x.shape)
+
+    known, ensemble = frames(0.3 * rng.normal(size=500)), frames(0.3 * rng.normal(size=400))
+    turned = frames(np.linspace(-np.pi, np.pi, 300))
+    turned[::10, 3] += 3.0
+    folder = tmp_path / "iteration_1" / "dynamics"
+    folder.mkdir(parents=True)
+    for name, part in {"beads": ensemble, "turned": turned}.items():
+        write_dcd(folder / f"{name}.dcd", part[:, None], 1.0)
+    topology = Topology(names="ABCD", masses=[40.0] * 4, bonds=[(0, 1), (1, 2), (2, 3)])
+    return known, CGMap.from_slices(topology, range(4)), tmp_path
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_hill_that_was_never_seen_is_tried(visited, share, monkeypatch):
+    """A force field that has states beyond 90° high up: only the unknown share goes there."""
+    known, cg_map, folder = visited
+    force_field = ForceField.from_data(cg_map, 300.0, known, channels=2, l_max=0, n_layers=1)
+    bonds, dihedral = cg_map.beads.bonds.T, cg_map.beads.dihedrals()
+
+    def phi(beads):
+        return np.abs(dihedral_angles(beads, dihedral)[:, 0])
+
+    monkeypatch.setattr(
+        new_labels, "bead_energies", lambda _, x: (np.where(phi(x) > 1.57, 9, 0), 0)
+    )
+    workspace = SimpleNamespace(
+        config=SimpleNamespace(cycle=Cycle(n_states=40, unknown=share)),
+        cg_map=SimpleNamespace(beads=cg_map.beads, apply=lambda positions: positions),
+        data=(SimpleNamespace(positions=known), None),
+        temperature_K=300.0,
+        iteration=lambda k: folder / f"iteration_{k}",
+        seed=lambda *what: 1,
+    )
+    stage = SimpleNamespace(note="", update=lambda **_: None)
+    states = new_labels._states(workspace, stage, 1, force_field)
+    high = np.sort(dihedral_angles(states, dihedral)[phi(states) > 1.57, 0] % (2 * np.pi))
+    assert (len(states), len(high)) == (40, 40 * share)
+    if share:
+        assert np.diff(high).max() < 0.7  # evenly, of half the circle
+        lengths = np.linalg.norm(states[:, bonds[0]] - states[:, bonds[1]], axis=-1)
+        assert lengths[phi(states) > 1.57].max() < 4.6

@@ -15,7 +15,12 @@ from ccg_ase.topology import Topology
 from ccg_ase.torsion_map import dihedral_angles
 from ccg_ase.units import thermal_energy
 from ccg_training.sampling import ase_bead_dynamics
-from ccg_training.states import choose_states, committee_spread, internal_coordinates
+from ccg_training.states import (
+    beyond,
+    choose_states,
+    committee_spread,
+    internal_coordinates,
+)
 
 KT = thermal_energy(300.0)
 
@@ -264,6 +269,23 @@ def test_farthest_points_spread_evenly():
     gaps = np.diff(np.sort(dihedral_angles(x[chosen], topology.dihedrals())[:, 0]))
     assert gaps.max() < 4 * 2 * np.pi / 24
     assert gaps.min() > 0.2 * 2 * np.pi / 24
+
+
+def test_states_beyond_all_that_is_known():
+    """On a ring, of which one side is known: by the angle, whatever else is shaken."""
+    rng = np.random.default_rng(6)
+    topology = chain(4)
+    x, _ = two_basins(5000, 0.0, rng)
+    known, usual = rng.uniform(-1, 1, (2, 2000))
+    phi = np.concatenate([known, usual, rng.uniform(-np.pi, np.pi, 1000)])
+    x[:, 3] = np.stack([np.full(5000, 4.0), 3 * np.cos(phi), 3 * np.sin(phi)], 1)
+    known, usual, asked = x[:2000], x[2000:4000], x[4000:]
+    far = np.abs(dihedral_angles(asked, topology.dihedrals())[:, 0])
+    found = beyond(asked, usual, known, topology)
+    assert found[far > 1.25].all()
+    assert found[far < 0.9].mean() < 0.02
+    assert beyond(usual, usual, known, topology).mean() == pytest.approx(0.01, abs=0.001)
+    assert not beyond(x[:3, :1], x[:5, :1], x[:5, :1], chain(1)).any()  # one bead has no shape
 
 
 def test_edge_cases_of_the_choice():
