@@ -163,12 +163,12 @@ def _volumes(
         nearest.append(of_frame[apart, other, site])
     # One column per site and type of its partners, grouped by unordered pair of types.
     groups = np.stack([apart, *np.sort([other, kind[site]], axis=0)])
-    keys, group = np.unique(groups, axis=1, return_inverse=True)
-    columns = np.array(nearest)
+    keys, counts = np.unique(groups, axis=1, return_counts=True)
+    columns, order = np.array(nearest), np.lexsort(groups[::-1])
     rows = []
-    for k, (c, a, b) in enumerate(keys.T.tolist()):
-        contact = np.percentile(columns[:, group == k], _CONTACT_PERCENTILE)
-        rows.append([str(names[a]), str(names[b]), c, float(contact), _VOLUME_STRENGTH * kT])
+    for (c, a, b), own in zip(keys.T, np.split(order, np.cumsum(counts))[:-1], strict=True):
+        contact = float(np.percentile(columns[:, own], _CONTACT_PERCENTILE))
+        rows.append([str(names[a]), str(names[b]), int(c), contact, _VOLUME_STRENGTH * kT])
     return rows
 
 
