@@ -60,6 +60,7 @@ members = 2
 channels = 16
 learning_rate = 4e-3
 steps = 1200
+refit_steps = 1000
 [cycle]
 iterations = 6
 max_samples = 256
