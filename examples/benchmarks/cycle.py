@@ -62,7 +62,7 @@ learning_rate = 4e-3
 steps = 1200
 refit_steps = 1000
 [cycle]
-iterations = 6
+iterations = 4
 max_samples = 256
 [stop]
 target_accepted = 0.98
