@@ -136,7 +136,7 @@ def run(runs: Path, args: argparse.Namespace) -> None:
             basins = ("--basin", "phi<0", "--basin", "phi>0")
             grid = (*on, "--bins", BINS, *basins, "--samples", 128, "--most", 4096)
             # 12 windows a variable slide off the steep sides of the barriers.
-            windows = ("--windows", 24, "--steps", 3000) if args.way == "beads" else ()
+            windows = ("--windows", 24) if args.way == "beads" else ()
             ccg("free-energy", model, config, *grid, *windows, "--out", out, "--seed", args.seed)
 
 
