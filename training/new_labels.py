@@ -124,9 +124,7 @@ def _states(workspace: Workspace, stage: Stage, k: int, force_field: ForceField)
         return visited[chosen]
     stage.update(note=f"{stage.note} {n_unknown} states far from all known ones".strip())
     known.append(visited[chosen])
-    far = choose_states(
-        unknown, n_unknown, topology, diverse=1.0, labelled=np.concatenate(known), seed=0
-    )
+    far = choose_states(unknown, n_unknown, topology, diverse=1.0, labelled=np.concatenate(known))
     return np.concatenate([visited[chosen], unknown[far]])
 
 

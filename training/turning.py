@@ -96,6 +96,6 @@ def turn_dihedrals(
 def _next_to(dihedrals: np.ndarray, held: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw for every dihedral that is held one around a bond next to its own, or itself."""
     bonds = dihedrals[:, 1:3]
-    shared = (bonds[held][:, None, :, None] == bonds[None, :, None, :]).sum((-1, -2))
-    draw = np.where(shared == 1, rng.random(shared.shape), -1.0)
-    return np.where((shared == 1).any(1), draw.argmax(1), held)
+    next_to = (bonds[held][:, None, :, None] == bonds[None, :, None, :]).sum((-1, -2)) == 1
+    draw = np.where(next_to, rng.random(next_to.shape), -1.0)
+    return np.where(next_to.any(1), draw.argmax(1), held)

@@ -124,18 +124,20 @@ def test_version_1_keeps_its_force_field_and_says_what_to_do_about_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("version", "terms"), [(2, {"bonds": 5, "angles": 5, "dihedrals": 3}),
-                           (3, {"bonds": 3, "angles": 2, "dihedrals": 1})]
-)  # fmt: skip
-def test_older_versions_have_the_energies_that_their_code_gave(version, terms):
+    ("version", "temperature_K", "terms"), [(2, 310.15, [5, 5, 3, 2]), (3, 300.0, [3, 2, 1, 10])]
+)
+def test_older_versions_have_the_energies_that_their_code_gave(version, temperature_K, terms):
     """Version 2: one network, priors by bead. Version 3: volumes of beads far apart only."""
     model = load_model(Path(__file__).parents[1] / "data" / f"version_{version}.ccg")
     force_field = ForceField.from_model(model)
     assert (model.version, force_field.dtype) == (version, torch.float32)
+    assert force_field.temperatures_K == (temperature_K, temperature_K)
     assert (force_field.n_members, force_field.periodic) == (1, False)
     (molecule,) = force_field.config["prior"]["molecules"]
-    assert {kind: len(molecule[kind]) for kind in terms} == terms
-    assert {row[2] for row in force_field.config["prior"]["volumes"]} == {0}
+    volumes = force_field.config["prior"]["volumes"]
+    found = [len(molecule[kind]) for kind in ("bonds", "angles", "dihedrals")]
+    assert [*found, len(volumes)] == terms
+    assert {row[2] for row in volumes} == {0}
     record = model.provenance
     x = torch.tensor(record["beads_A"], dtype=torch.float64)
     energy, forces = force_field.double().energy_and_forces(x)
