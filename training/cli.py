@@ -349,7 +349,11 @@ def free_energy(
     ] = None,
     steps: Annotated[int, typer.Option(help="Bead model: steps per umbrella window.")] = 10_000,
     windows: Annotated[
-        int | None, typer.Option(min=2, help="Bead model: windows per variable.")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Bead model: windows per variable; default: 24 for one or two variables.",
+        ),
     ] = None,
     centres: Annotated[
         bool, typer.Option("--centres", help="Torsion model: F at the centres, not of the bins.")

@@ -22,7 +22,13 @@ from ccg_mda.potential import Potential
 
 from .config import Config
 from .free_energy_direct import EvenlyInBin, Proposal
-from .free_energy_ensemble import FromEnsemble, WindowSettings, n_windows, run_windows
+from .free_energy_ensemble import (
+    FromEnsemble,
+    WindowSettings,
+    n_windows,
+    run_windows,
+    usual_windows,
+)
 from .free_energy_grid import Grid, Variable
 from .free_energy_landscape import Landscape, landscape, marginal
 from .free_energy_names import on_atoms, on_beads, torsion_grid, variables_of
@@ -34,6 +40,7 @@ from .free_energy_output import (
     grid_arrays,
     warnings_of,
     way_rows,
+    windows_warning,
 )
 from .free_energy_sampling import Sampling, sample_grid
 from .progress import Progress
@@ -42,7 +49,6 @@ from .system import mapping_of, potential_of, universe_of
 
 DIRECT, BEADS = "direct", "bead ensemble"
 _FORMATS = ("png", "svg", "pdf")
-_WINDOWS = {1: 24, 2: 12}
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Request:
     device
         Where to compute; None: as the configuration says.
     sampling, window_steps, windows
-        Numbers of samples; steps per umbrella window; windows per variable (None: 24 for one
-        variable, 12 for two).
+        Numbers of samples; steps per umbrella window; windows per variable (None: see
+        `usual_windows`).
     """
 
     model: Path
@@ -131,15 +137,19 @@ def free_energy_file(
     parts = out.with_suffix(".parts")
     ways, arrays = {}, {}
     others: dict[str, Landscape] = {}
+    lines: list[str] = []
     for title, model in zip(titles, models, strict=True):
-        found = _way(request, config, model, potential, grid, parts, progress)
+        found, proposal = _way(request, config, model, potential, grid, parts, progress)
+        if isinstance(proposal, FromEnsemble):
+            lines += windows_warning(proposal)
+            arrays[f"{title.replace(' ', '_')}_inconsistency"] = np.asarray(proposal.inconsistency)
         ways[title] = found[0]
         arrays |= arrays_of(title.replace(" ", "_"), found[0])
         for other in found[1:]:
             name = f"{title}, {other.temperature_K:g} K"
             others[name] = other
             arrays |= arrays_of(name.replace(" ", "_").replace(",", ""), other)
-    lines, tables = [], []
+    tables = []
     max_kT = request.sampling.max_kT
     tables.append(("free energy", way_rows(ways | others, max_kT)))
     if request.basins:
@@ -248,8 +258,8 @@ def _way(
     grid: Grid,
     parts: Path,
     progress: Progress,
-) -> list[Landscape]:
-    """Return the landscapes of one model: at its own temperature, then at the others."""
+) -> tuple[list[Landscape], Proposal]:
+    """Return the landscapes of one model, at its own temperature, then the others, and its bins."""
     backmapper, sampling = Backmapper.from_model(model), request.sampling
     keep = None
     if isinstance(model.cg_map, TorsionMap):
@@ -273,7 +283,7 @@ def _way(
     for at_K in (None, *request.temperatures_K):
         of = landscape(sampled, proposal, model.temperature_K, sampling, at_K=at_K)
         found.append(of if keep is None else _kept(of, keep))
-    return found
+    return found, proposal
 
 
 def _kept(of: Landscape, keep: list[int]) -> Landscape:
@@ -297,7 +307,7 @@ def _bead_proposal(
                 f"{variable.name} is no function of the beads of this model, which umbrella "
                 "windows hold: use a map whose beads are these atoms, or a torsion model"
             )
-    per_variable = request.windows or _WINDOWS.get(len(grid.shape), 6)
+    per_variable = request.windows or usual_windows(len(grid.shape))
     seed = request.sampling.seed
     settings = WindowSettings(per_variable, n_steps=request.window_steps, seed=seed)
     start = cg_map.apply(universe_of(config).atoms.positions.astype(float))

@@ -9,10 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .figures import ATOMS, BEADS, new_figure, tidy
+from .free_energy_ensemble import FromEnsemble
 from .free_energy_landscape import Basins, Landscape, agreement, basin_differences
 
 _COLOURS = (ATOMS, BEADS)
 _MISSING = 0.02
+_INCONSISTENT = 2.0
 _PER_POINT = (
     "free_energy",
     "error",
@@ -173,6 +175,26 @@ def warnings_of(texts: list[str], found: dict[str, Basins]) -> list[str]:
         for title, basins in found.items()
         for k, text in enumerate(texts)
         if basins.missing[k] > _MISSING
+    ]
+
+
+def windows_warning(proposal: FromEnsemble) -> list[str]:
+    """Say where umbrella windows contradict one another by more than their frames let expect."""
+    if proposal.inconsistency <= _INCONSISTENT:
+        return []
+    worst = np.unravel_index(np.abs(proposal.disagreement).argmax(), proposal.disagreement.shape)
+    place = ", ".join(
+        f"{variable.name} = {centre / variable.scale:.4g} {variable.unit}"
+        for variable, centre in zip(
+            proposal.grid.variables, proposal.centres[worst[0]], strict=True
+        )
+    )
+    return [
+        f"bead ensemble: umbrella windows contradict one another, {proposal.inconsistency:.1f} "
+        f"times their own variance; most at {place}, by "
+        f"{abs(proposal.disagreement[worst]):.1f} kT from there to the next one. They slide off "
+        "steep slopes, or don't cross a barrier beside the variables; error bars count what shows. "
+        "Cure: more --windows, more --steps, or compare with a torsion model (--check)"
     ]
 
 

@@ -4,7 +4,8 @@ Shirts, Chodera, J. Chem. Phys. 129, 124105 (2008). With N_k samples of ensemble
 reduced bias of sample n there, the dimensionless free energies solve
 f_k = -ln Σ_n c_n exp(-u_k(n)) with c_n = 1 / Σ_l N_l exp(f_l - u_l(n)): the weight of sample n in
 the ensemble without a bias. The f are the minimum of a convex function; its Newton steps end in few
-iterations, the plain iteration keeps far starts safe.
+iterations, the plain iteration keeps far starts safe. Few ensembles count for a sample, so that
+matrices over samples and ensembles are sparse.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import coo_array, csr_array, diags_array
 
 _TOLERANCE = 1e-9
 _MOST_ITERATIONS = 10_000
@@ -31,21 +33,30 @@ class Mbar(NamedTuple):
         First-order change of f per block that counts once more, N_k held, (n_blocks, K).
     share
         Probability that a sample is of each ensemble, (N, K): minus the derivative of ln c by f.
+    ensemble_influence
+        First-order change of f per ensemble that counts once more, N_k with it, (K, K): samples
+        of an ensemble against what all the others say of it (clusters of Liang, Zeger, Biometrika
+        73, 13 (1986)).
+    inconsistency
+        Mean square of these over what the blocks of each ensemble let expect: about one or less if
+        the ensembles agree, more if they are not in equilibrium or slower than a block.
     """
 
     free_energy: np.ndarray
     log_weight: np.ndarray
     influence: np.ndarray
-    share: np.ndarray
+    share: csr_array
+    ensemble_influence: np.ndarray
+    inconsistency: float
 
 
-def solve_mbar(bias: np.ndarray, ensemble: np.ndarray, block: np.ndarray) -> Mbar:
+def solve_mbar(factor: np.ndarray | csr_array, ensemble: np.ndarray, block: np.ndarray) -> Mbar:
     """Combine samples of biased ensembles.
 
     Parameters
     ----------
-    bias
-        Reduced bias energies u_k(n) of every sample in every ensemble, (N, K).
+    factor
+        exp(-u_k(n)) of every sample in every ensemble, (N, K); zeros may be left out.
     ensemble
         Which ensemble a sample was drawn from, (N,).
     block
@@ -56,62 +67,66 @@ def solve_mbar(bias: np.ndarray, ensemble: np.ndarray, block: np.ndarray) -> Mba
     ValueError
         If an ensemble has no sample, or the ensembles don't overlap.
     """
-    n_ensembles = bias.shape[1]
+    factor = csr_array(factor)
+    n_ensembles = factor.shape[1]
     count = np.bincount(ensemble, minlength=n_ensembles).astype(float)
     if (count == 0).any():
         raise ValueError(f"ensemble {int(count.argmin())} has no sample")
     f = np.zeros(n_ensembles)
-    boltzmann, floor = _boltzmann(bias)
     for _ in range(_MOST_ITERATIONS):
-        share, denominator = _shares(boltzmann, count, f)
+        share, denominator = _shares(factor, count, f)
         taken = share.sum(0)  # expected samples per ensemble: N_k at the solution
         if np.abs(taken / count - 1).max() < _TOLERANCE:
             break
         newton = f - np.linalg.lstsq(_hessian(share), taken - count, rcond=1e-12)[0]
         plain = f - np.log(np.maximum(taken, np.finfo(float).tiny) / count)
-        f = _closer(boltzmann, count, newton - newton[0], plain - plain[0])
+        f = _closer(factor, count, newton - newton[0], plain - plain[0])
     else:
         raise ValueError(_APART)
-    root = np.sqrt(count)
-    if n_ensembles > 1 and np.linalg.eigvalsh(_hessian(share) / np.outer(root, root))[1] < 1e-6:
+    root, hessian = np.sqrt(count), _hessian(share)
+    if n_ensembles > 1 and np.linalg.eigvalsh(hessian / np.outer(root, root))[1] < 1e-6:
         raise ValueError(_APART)
-    order = np.argsort(block, kind="stable")
-    first = np.searchsorted(block[order], np.arange(block.max() + 1))
-    excess = np.add.reduceat(share[order], first)
+    samples = np.arange(len(block))
+    owner = np.zeros(block.max() + 1, dtype=int)
+    owner[block] = ensemble
+    excess = (coo_array((np.ones(len(block)), (block, samples))) @ share).toarray()
     np.add.at(excess, (block, ensemble), -1.0)
-    influence = -np.linalg.lstsq(_hessian(share), excess.T, rcond=1e-10)[0].T
-    log_weight = floor - np.log(denominator)
+    totals = np.zeros((n_ensembles, n_ensembles))
+    np.add.at(totals, owner, excess)
+    against = totals + hessian  # N_k counts, too: what is left is zero on average
+    both = np.linalg.lstsq(hessian, -np.concatenate([excess, against]).T, rcond=1e-10)[0].T
+    influence, of_ensemble = np.split(both - both[:, :1], [len(excess)])
+    n_blocks = np.bincount(owner, minlength=n_ensembles)[owner]
+    within = excess - totals[owner] / n_blocks[:, None]
+    expected = -(within * influence).sum(1) @ (n_blocks / np.maximum(n_blocks - 1, 1))
+    inconsistency = -(against * of_ensemble).sum() / expected if expected > 0 else 0.0
+    log_weight = -np.log(denominator)
     log_weight -= log_weight.max()
     log_weight -= np.log(np.exp(log_weight).sum())
-    return Mbar(f, log_weight, influence - influence[:, :1], share)
+    return Mbar(f, log_weight, influence, share, of_ensemble, float(inconsistency))
 
 
-def _boltzmann(bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return exp(-u) scaled to a largest value of one per sample, and the smallest u."""
-    floor = bias.min(1)
-    return np.exp(floor[:, None] - bias), floor
-
-
-def _shares(
-    boltzmann: np.ndarray, count: np.ndarray, f: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _shares(factor: csr_array, count: np.ndarray, f: np.ndarray) -> tuple[csr_array, np.ndarray]:
     """Return the probability that a sample is of each ensemble, (N, K), and the norms, (N,)."""
-    share = boltzmann * (count * np.exp(f - f.max()))
-    denominator = share.sum(1)
-    return share / denominator[:, None], denominator * np.exp(f.max())
+    scale = count * np.exp(f - f.max())
+    denominator = factor @ scale
+    share = diags_array(1 / denominator) @ factor @ diags_array(scale)
+    return share, denominator * np.exp(f.max())
 
 
-def _hessian(share: np.ndarray) -> np.ndarray:
+def _hessian(share: csr_array) -> np.ndarray:
     """Second derivatives of the convex function, (K, K)."""
-    return np.diag(share.sum(0)) - share.T @ share
+    return np.diag(share.sum(0)) - (share.T @ share).toarray()
 
 
-def _closer(boltzmann: np.ndarray, count: np.ndarray, *candidates: np.ndarray) -> np.ndarray:
+def _closer(factor: csr_array, count: np.ndarray, *candidates: np.ndarray) -> np.ndarray:
     """Return which candidate has the smaller gradient, as pymbar's adaptive solver does."""
 
     def gradient(f: np.ndarray) -> float:
         if not np.isfinite(f).all() or np.ptp(f) > 600:  # exp would overflow
             return np.inf
-        return float(((_shares(boltzmann, count, f)[0].sum(0) - count) ** 2).sum())
+        scale = count * np.exp(f - f.max())
+        taken = scale * (factor.T @ (1 / (factor @ scale)))
+        return float(((taken - count) ** 2).sum())
 
     return min(candidates, key=gradient)

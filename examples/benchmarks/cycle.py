@@ -135,9 +135,7 @@ def run(runs: Path, args: argparse.Namespace) -> None:
         if not out.exists():
             basins = ("--basin", "phi<0", "--basin", "phi>0")
             grid = (*on, "--bins", BINS, *basins, "--samples", 128, "--most", 4096)
-            # 12 windows a variable slide off the steep sides of the barriers.
-            windows = ("--windows", 24) if args.way == "beads" else ()
-            ccg("free-energy", model, config, *grid, *windows, "--out", out, "--seed", args.seed)
+            ccg("free-energy", model, config, *grid, "--out", out, "--seed", args.seed)
 
 
 def curve(where: Path, way: str) -> tuple[list[int], Curve]:

@@ -10,6 +10,7 @@ from linear_gaussian import LinearGaussian
 
 from ccg_ase import Topology
 from ccg_ase.evaluator import Evaluation
+from ccg_ase.mapping import CGMap
 from ccg_ase.temperature import TemperatureRange
 from ccg_ase.torsion_map import TorsionMap, dihedral_angles
 from ccg_ase.units import thermal_energy
@@ -20,6 +21,12 @@ TEMPERATURE_K = 300.0
 KT = thermal_energy(TEMPERATURE_K)
 LENGTH, ANGLE, BOND, BEND = 1.5, 1.95, 12.0, 3.0  # Å, rad, eV/Å², eV/rad²
 TORSIONS = np.array([[0, 1, 2, 3], [1, 2, 3, 4]])
+CHAIN = Topology(
+    names=("A", "B", "C", "D", "E"),
+    elements=("C",) * 5,
+    masses=np.full(5, 12.0),
+    bonds=np.array([(0, 1), (1, 2), (2, 3), (3, 4)]),
+)
 
 
 def barrier(phi, psi):
@@ -35,22 +42,27 @@ def _torch_barrier(angles):
     return KT * (well + 1.5 * torch.cos(psi - 1) * torch.cos(phi))
 
 
+def _chain(x, barrier):
+    """Energies and forces of harmonic bonds and angles of five particles in a row, and V."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        arms = x.diff(dim=1)
+        lengths = torch.linalg.vector_norm(arms, dim=-1)
+        units = arms / lengths[..., None]
+        angles = torch.acos(-(units[:, 1:] * units[:, :-1]).sum(-1))
+        energy = 0.5 * BOND * ((lengths - LENGTH) ** 2).sum(-1)
+        energy = energy + 0.5 * BEND * ((angles - ANGLE) ** 2).sum(-1)
+        energy = energy + barrier(dihedral_angles(x, TORSIONS))
+        (gradient,) = torch.autograd.grad(energy.sum(), x)
+    return energy.detach(), -gradient
+
+
 class _Chain(TorchPotential):
-    """Harmonic bonds and angles of five atoms in a row, and V: F(φ, ψ) = V + const, exactly."""
+    """The chain as atoms: F(φ, ψ) = V + const, exactly."""
 
     def _evaluate_all(self, frames):
-        x = torch.from_numpy(frames)
-        with torch.enable_grad():
-            x = x.requires_grad_()
-            arms = x.diff(dim=1)
-            lengths = torch.linalg.vector_norm(arms, dim=-1)
-            units = arms / lengths[..., None]
-            angles = torch.acos(-(units[:, 1:] * units[:, :-1]).sum(-1))
-            energy = 0.5 * BOND * ((lengths - LENGTH) ** 2).sum(-1)
-            energy = energy + 0.5 * BEND * ((angles - ANGLE) ** 2).sum(-1)
-            energy = energy + _torch_barrier(dihedral_angles(x, TORSIONS))
-            (gradient,) = torch.autograd.grad(energy.sum(), x)
-        return energy.detach().numpy(), -gradient.numpy()
+        energy, forces = _chain(torch.from_numpy(frames), _torch_barrier)
+        return energy.numpy(), forces.numpy()
 
 
 def chain_potential():
@@ -79,30 +91,22 @@ def chain_flow():
         side = np.cross(normal, axis)
         arm = -np.cos(theta) * axis + np.sin(theta) * (np.cos(phi) * side + np.sin(phi) * normal)
         x[:, k] = x[:, k - 1] + lengths[:, k - 1, None] * arm
-    topology = Topology(
-        names=("A", "B", "C", "D", "E"),
-        elements=("C",) * 5,
-        masses=np.full(5, 12.0),
-        bonds=np.array([(0, 1), (1, 2), (2, 3), (3, 4)]),
-    )
-    torsion_map = TorsionMap(topology, TORSIONS, ("phi", "psi"))
+    torsion_map = TorsionMap(CHAIN, TORSIONS, ("phi", "psi"))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Backmapper.from_data(torsion_map, TEMPERATURE_K, torch.from_numpy(x), width=4)
 
 
-class GaussianBeads(torch.nn.Module):
-    """Bead force field of a `LinearGaussian` and its evaluator, imperfect by a scale and a bend."""
+class _Beads(torch.nn.Module):
+    """A bead force field and its evaluator in one."""
 
     temperature_K = TEMPERATURE_K
     temperatures_K = TemperatureRange(TEMPERATURE_K, TEMPERATURE_K)
     device = torch.device("cpu")
 
-    def __init__(self, molecule: LinearGaussian, replicas: int, softer: float = 0.85):
+    def __init__(self, cg_map, replicas: int):
         super().__init__()
-        self.cg_map, self.replicas, self.config = molecule.cg_map, replicas, {}
-        self.register_buffer("schur", torch.from_numpy(softer * molecule.schur))
-        self.register_buffer("s0", torch.from_numpy(molecule.x0.ravel()[molecule.bead_dof]))
+        self.cg_map, self.replicas, self.config = cg_map, replicas, {}
 
     @property
     def force_field(self):
@@ -112,13 +116,47 @@ class GaussianBeads(torch.nn.Module):
         pass
 
     def forward(self, beads, box=None):
+        energy, forces = self.energy_and_forces(beads)
+        n = beads.shape[-2]
+        return Evaluation((energy[:, None] / n).expand(-1, n), forces, None)
+
+
+class GaussianBeads(_Beads):
+    """Bead force field of a `LinearGaussian`, imperfect by a scale and a bend."""
+
+    def __init__(self, molecule: LinearGaussian, replicas: int, softer: float = 0.85):
+        super().__init__(molecule.cg_map, replicas)
+        self.register_buffer("schur", torch.from_numpy(softer * molecule.schur))
+        self.register_buffer("s0", torch.from_numpy(molecule.x0.ravel()[molecule.bead_dof]))
+
+    def energy_and_forces(self, beads):
         delta = beads.flatten(-2) - self.s0
         pull = delta @ self.schur
         energy = 0.5 * (pull * delta).sum(-1) + 0.3 * KT * torch.sin(delta[:, 0])
         force = -pull
         force[:, 0] -= 0.3 * KT * torch.cos(delta[:, 0])
-        n = beads.shape[-2]
-        return Evaluation((energy[:, None] / n).expand(-1, n), force.reshape(beads.shape), None)
+        return energy, force.reshape(beads.shape)
+
+
+def ridges(angles):
+    """V in eV with barriers of 8 to 12 kT that curve down by 50 kT/rad², as those of peptides."""
+    phi, psi = angles[..., 0], angles[..., 1]
+    first = 20 * torch.exp((torch.cos(phi) - 1) / 0.2) + 14 * torch.exp(
+        (torch.cos(phi - 2.2) - 1) / 0.2
+    )
+    return KT * (first + 1.5 * torch.exp((torch.cos(psi + 0.5) - 1) / 0.3) * torch.cos(phi + 1))
+
+
+class ChainBeads(_Beads):
+    """The chain as beads, with `ridges` over its torsions."""
+
+    start = np.array([[0.0, 0, 0], [1.5, 0, 0], [2.1, 1.4, 0], [3.6, 1.4, 0.2], [4.1, 2.6, 0.9]])
+
+    def __init__(self, replicas: int):
+        super().__init__(CGMap.from_slices(CHAIN, np.arange(5)), replicas)
+
+    def energy_and_forces(self, beads):
+        return _chain(beads, ridges)
 
 
 def distance_density(molecule: LinearGaussian, i: int, j: int, r: np.ndarray) -> np.ndarray:

@@ -2,20 +2,29 @@
 
 import numpy as np
 import pytest
+import torch
 from free_energy_systems import (
     KT,
     TEMPERATURE_K,
     TORSIONS,
+    ChainBeads,
     GaussianBeads,
     barrier,
     chain_flow,
     chain_potential,
     distance_density,
+    ridges,
 )
 from linear_gaussian import GaussianBackmapper, LinearGaussian
 
 from ccg_training.free_energy_direct import EvenlyInBin
-from ccg_training.free_energy_ensemble import FromEnsemble, WindowSettings, n_windows, run_windows
+from ccg_training.free_energy_ensemble import (
+    FromEnsemble,
+    WindowSettings,
+    n_windows,
+    run_windows,
+    usual_windows,
+)
 from ccg_training.free_energy_grid import Grid, Variable
 from ccg_training.free_energy_landscape import (
     agreement,
@@ -23,6 +32,7 @@ from ccg_training.free_energy_landscape import (
     landscape,
     marginal,
 )
+from ccg_training.free_energy_output import windows_warning
 from ccg_training.free_energy_sampling import Sampling, sample_grid
 
 PHI, PSI = (
@@ -228,6 +238,47 @@ def test_a_distance_of_an_imperfect_force_field_and_flow(beads_grid, ensemble, t
         own = energy[bins == point]
         error = np.hypot(own.std() / np.sqrt(len(own)), of.energy_error[point])
         assert abs(of.energy[point] - own.mean()) < 4 * error
+
+
+PHI_OF_BEADS = Grid.regular([Variable("phi", "torsion", tuple(TORSIONS[0].tolist()))], [24], [None])
+
+
+def _over_ridges(folder, per_variable, n_steps):
+    """F of φ over barriers that curve down by 100 kT/rad², from windows; and the truth, in kT."""
+    settings = WindowSettings(per_variable, n_steps=n_steps)
+    ensemble = run_windows(
+        ChainBeads(per_variable), ChainBeads.start, PHI_OF_BEADS, folder, settings
+    )
+    found = FromEnsemble(PHI_OF_BEADS, ensemble, settings, TEMPERATURE_K)
+    turns = (np.arange(2400) + 0.5) * 2 * np.pi / 2400 - np.pi
+    angles = np.stack(np.meshgrid(turns, turns[::24], indexing="ij"), -1)
+    p = np.exp(-ridges(torch.from_numpy(angles)).numpy() / KT).reshape(24, -1).sum(1)
+    weight = np.where(found.known, p, 0) / p[found.known].sum()
+    low = found.known & (p > np.exp(-10) * p.max())
+    ln_p = np.where(found.known, [found.log_share, *found.log_share_replicas], 0)
+    ln_p = ln_p - (ln_p @ weight)[:, None]
+    exact = np.where(found.known, np.log(p), 0)
+    gap = ln_p[0] - exact + exact @ weight
+    return found, gap[low], ln_p[1:].std(0)[low]
+
+
+def test_the_usual_windows_hold_on_a_steep_surface(tmp_path):
+    assert [usual_windows(d) for d in (1, 2, 3)] == [24, 24, 8]
+    found, gap, error = _over_ridges(tmp_path, usual_windows(1), 4000)
+    assert not windows_warning(found)
+    assert np.sqrt((gap**2).mean()) < 0.4
+    assert np.sqrt(((gap / error) ** 2).mean()) < 2
+    assert (error < 0.4).all()
+
+
+def test_windows_that_stick_beside_a_barrier_are_found_out(tmp_path):
+    """Half as many are softer than barriers curve: each sees one side, with blocks that agree."""
+    found, gap, error = _over_ridges(tmp_path, 12, 2000)
+    assert np.sqrt((gap**2).mean()) > 0.5
+    assert (np.abs(gap) < 4 * error).all()
+    (warning,) = windows_warning(found)
+    assert "phi = 0 °" in warning
+    assert "--windows" in warning
 
 
 def test_both_ways_agree_or_say_how_far_they_are_apart(tmp_path):

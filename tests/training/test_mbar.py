@@ -23,7 +23,7 @@ def solved(seed):
     window = np.repeat(np.arange(len(CENTRES)), N_SAMPLES)
     block = window * N_BLOCKS + np.tile(np.arange(N_SAMPLES) * N_BLOCKS // N_SAMPLES, len(CENTRES))
     bias = 0.5 * K * (x.ravel()[:, None] - CENTRES) ** 2
-    return x.ravel(), solve_mbar(bias, window, block), bias, window
+    return x.ravel(), solve_mbar(np.exp(-bias), window, block), bias, window
 
 
 def bootstrap_error(result, seed=0):
@@ -34,10 +34,11 @@ def bootstrap_error(result, seed=0):
 
 
 def test_harmonic_umbrellas():
-    z, moments = [], []
+    z, moments, spread = [], [], []
     for seed in range(40):
         x, result, _, _ = solved(seed)
         error = bootstrap_error(result)[1:]
+        spread.append(result.inconsistency)
         z.append((result.free_energy - exact_free_energy())[1:] / error)
         weight = np.exp(result.log_weight)
         assert weight.sum() == pytest.approx(1)
@@ -45,6 +46,8 @@ def test_harmonic_umbrellas():
     z = np.array(z)
     assert abs(z.mean()) < 0.5  # four correlated figures of 40 repetitions
     assert 0.8 < z.std() < 1.3
+    # Five ensembles have four degrees of freedom for each to agree with the others.
+    assert 0.4 < np.mean(spread) < 1.2
     assert np.mean(moments) == pytest.approx(1 / A, abs=4 * np.std(moments) / np.sqrt(40))
 
 
@@ -61,19 +64,51 @@ def test_the_solution_solves_the_equations():
 def test_influence_is_the_derivative():
     """One sample in place of another, solved anew, moves f as the influence says."""
     _, result, bias, window = solved(5)
-    each = solve_mbar(bias, window, np.arange(len(window)))  # every sample a block
+    each = solve_mbar(np.exp(-bias), window, np.arange(len(window)))  # every sample a block
     for n, m in ((0, 1), (900, 1100), (1990, 1700)):
         other = bias.copy()
         other[m] = bias[n]
-        change = solve_mbar(other, window, np.arange(len(window))).free_energy - result.free_energy
+        change = (
+            solve_mbar(np.exp(-other), window, np.arange(len(window))).free_energy
+            - result.free_energy
+        )
         expected = each.influence[n] - each.influence[m]
         np.testing.assert_allclose(change, expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_influence_of_an_ensemble_is_the_derivative():
+    """Samples of one ensemble given once more, solved anew, move f as its influence says."""
+    _, result, bias, window = solved(5)
+    often = np.tile(bias, (50, 1)), np.tile(window, 50)
+    for k in (0, 2, 4):
+        more = [
+            np.concatenate([a, b[window == k]]) for a, b in zip(often, (bias, window), strict=True)
+        ]
+        change = solve_mbar(np.exp(-more[0]), more[1], more[1]).free_energy - result.free_energy
+        expected = result.ensemble_influence[k] / 50
+        np.testing.assert_allclose(change, expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_an_ensemble_out_of_equilibrium_contradicts_the_others():
+    _, _, bias, window = solved(7)
+    stuck = bias.copy()
+    own = np.flatnonzero(window == 2)
+    right = own[bias[own, 1] > bias[own, 3]]  # one side only, all blocks alike
+    stuck[own] = bias[np.resize(right, len(own))]
+    block = np.arange(len(window)) * 50 // len(window)
+    agreeing, apart = (solve_mbar(np.exp(-b), window, block) for b in (bias, stuck))
+    assert agreeing.inconsistency < 2
+    assert apart.inconsistency > 4
+    off = np.abs(apart.free_energy - exact_free_energy())[1:]
+    seen = np.sqrt((apart.ensemble_influence**2).sum(0))[1:]
+    assert (off > 3 * bootstrap_error(apart)[1:]).any()
+    assert (off < 3 * seen).all()
 
 
 def test_windows_far_apart_are_refused():
     x = np.repeat([0.0, 1000.0], 50)
     bias = 0.5 * (x[:, None] - np.array([0.0, 1000.0])) ** 2
     with pytest.raises(ValueError, match="overlap"):
-        solve_mbar(bias, (x > 0).astype(int), (x > 0).astype(int))
+        solve_mbar(np.exp(-bias), (x > 0).astype(int), (x > 0).astype(int))
     with pytest.raises(ValueError, match="no sample"):
-        solve_mbar(bias, np.zeros(100, int), np.zeros(100, int))
+        solve_mbar(np.exp(-bias), np.zeros(100, int), np.zeros(100, int))
