@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from ccg_ase.checkpoint import load_model
 from ccg_ase.forcefield import ForceField
+from ccg_ase.restart import force_field_digest
 from ccg_ase.run_checks import ExplodedError
 from ccg_mda.bead_sources import bead_universe
 from ccg_mda.flow import Backmapper
@@ -37,9 +41,13 @@ def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_ste
     known = [workspace.cg_map.apply(workspace.data[0].positions)]
     if (labelled := labels_of_turns(workspace, range(1, k))) is not None:
         known.append(labelled.beads)
-    force_field, states = ForceField.from_model(workspace.model(k - 1)), np.concatenate(known)
-    figures = _dynamics(workspace, stage, force_field, states, folder, n_steps, k)
-    settings = workspace.config.dynamics
+    states, settings = np.concatenate(known), workspace.config.dynamics
+
+    def run(force_field: ForceField) -> Metrics:
+        return _dynamics(workspace, stage, force_field, states, folder, n_steps, k)
+
+    figures = _steady(workspace, k - 1, workspace.iteration(k - 1), folder, run)
+    force_field = ForceField.from_model(workspace.model(k - 1))
     try:
         turn_dihedrals(
             force_field,
@@ -61,9 +69,45 @@ def sample_beads(workspace: Workspace, stage: Stage, k: int, folder: Path, n_ste
 def sample_final_beads(workspace: Workspace, stage: Stage, k: int) -> Metrics:
     """Run the bead dynamics that is reported, on the final force field."""
     known = workspace.cg_map.apply(workspace.data[0].positions)
-    force_field = ForceField.from_model(workspace.final_model(k))
-    n_steps = workspace.config.dynamics.n_final_steps
-    return _dynamics(workspace, stage, force_field, known, workspace.final(k), n_steps, k + 1)
+    folder, n_steps = workspace.final(k), workspace.config.dynamics.n_final_steps
+
+    def run(force_field: ForceField) -> Metrics:
+        return _dynamics(workspace, stage, force_field, known, folder, n_steps, k + 1)
+
+    return _steady(workspace, k, folder, folder, run)
+
+
+def _steady(
+    workspace: Workspace,
+    turn: int,
+    source: Path,
+    folder: Path,
+    run: Callable[[ForceField], Metrics],
+) -> Metrics:
+    """Run dynamics on the force field in `source`, or on the latest one up to `turn` that holds.
+
+    A force field that explodes is withdrawn: one of an earlier turn takes its place in the model
+    file before it runs, so that an interrupted run finds the frames of the one it goes on with.
+    """
+    path, exploded = source / "model.ccg", set()
+    while True:
+        model = load_model(path, device=workspace.device)
+        force_field = ForceField.from_model(model)
+        try:
+            return run(force_field) | {"withdrawn": model.metrics.get("withdrawn", 0)}
+        except ExplodedError as error:
+            exploded.add(force_field_digest(force_field))
+            earlier = (ForceField.from_model(workspace.model(k)) for k in range(turn, -1, -1))
+            former = next((f for f in earlier if force_field_digest(f) not in exploded), None)
+            if former is None:
+                raise
+            warnings.warn(
+                f"the force field is withdrawn, one of an earlier turn goes on: {error}",
+                stacklevel=2,
+            )
+        shutil.rmtree(folder / "dynamics")
+        parts = {"backmapper": Backmapper.from_model(model), "force_field": former}
+        workspace.save(path, parts, {"withdrawn": model.metrics.get("withdrawn", 0) + 1})
 
 
 def _dynamics(

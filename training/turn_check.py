@@ -78,6 +78,12 @@ def turn_row(records: list[Metrics], k: int) -> dict[str, str]:
     """Return the figures of a finished turn as text, by what they are; "–" where unknown."""
     of_turn = {record["stage"]: record for record in records if record["iteration"] == k}
     labels, check = of_turn["labels at new states"], of_turn["turn check"]
+    after = (("bead dynamics", k + 1), ("final bead dynamics", k))
+    exploded = any(
+        record.get("withdrawn")
+        for record in records
+        if (record["stage"], record["iteration"]) in after
+    )
 
     def text(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
@@ -89,7 +95,8 @@ def turn_row(records: list[Metrics], k: int) -> dict[str, str]:
         "F off by (kT)": text(check["new_F_error_kT"], ".2f"),
         "force off by (eV/Å, eV/rad)": text(check["new_force_error"], ".3f"),
         "flow gained (nats)": f"{check['flow_gain_nats']:.3f}",
-        "force field gained": text(check["force_field_gain"], ".0%"),
+        "force field gained": text(check["force_field_gain"], ".0%")
+        + (", but exploded: withdrawn" if exploded else ""),
         "calls so far": f"{calls_spent(records_upto(records, k)):,}".replace(",", " "),
         "minutes": f"{seconds_spent(records, k) / 60:.1f}",
     }

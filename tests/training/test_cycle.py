@@ -22,9 +22,9 @@ from tiny_run import (
     train,
 )
 
-from ccg_ase import CGCalculator, ForceField, load_model
+from ccg_ase import CGCalculator, ExplodedError, ForceField, load_model
 from ccg_mda import Backmapper
-from ccg_training import cycle
+from ccg_training import cycle, exploring
 from ccg_training.cli import INTERRUPTED
 from ccg_training.config import Config
 from ccg_training.labels import Labels
@@ -152,6 +152,48 @@ def test_a_turn_that_makes_models_worse_leaves_them_as_they_were(whole, tmp_path
     for kind in models.values():
         ours, theirs = kind.from_model(after).state_dict(), kind.from_model(before).state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def spoil(workspace, path):
+    """Make the force field of a model file explode, by forces 10⁵ times as large."""
+    model = load_model(path)
+    flow, force_field = Backmapper.from_model(model), ForceField.from_model(model)
+    with torch.no_grad():
+        for weights in force_field.members.parameters():
+            weights *= 1e3
+    workspace.save(path, {"backmapper": flow, "force_field": force_field})
+    return flow, force_field
+
+
+def test_a_force_field_that_explodes_is_withdrawn(whole, tmp_path):
+    shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
+    workspace = Workspace(Config.load(tmp_path / "cycle.toml"))
+    spoilt, folder = workspace.iteration(1) / "model.ccg", workspace.iteration(2)
+    flow, _ = spoil(workspace, spoilt)
+    shutil.rmtree(folder / "dynamics")
+
+    def run():
+        with Progress(quiet=True).stage("bead dynamics") as stage:
+            return exploring.sample_beads(workspace, stage, 2, folder, n_steps=100)
+
+    with pytest.warns(UserWarning, match="exploded") as told:
+        figures = run()
+    assert "the force field is withdrawn, one of an earlier turn" in str(told[-1].message)
+    assert figures["withdrawn"] == 1
+    assert (folder / "dynamics" / "beads.dcd").is_file()
+    assert run() == figures  # as after a kill before the record was written
+    left, first = load_model(spoilt), load_model(workspace.iteration(0) / "model.ccg")
+    for kind, theirs in (
+        (ForceField, ForceField.from_model(first).state_dict()),
+        (Backmapper, flow.state_dict()),
+    ):
+        ours = kind.from_model(left).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for k in (0, 1):
+        spoil(workspace, workspace.iteration(k) / "model.ccg")
+    shutil.rmtree(folder / "dynamics")
+    with pytest.warns(UserWarning, match="less heat"), pytest.raises(ExplodedError):
+        run()
 
 
 def test_torsions_give_free_energies_and_say_that_there_is_no_force_field(whole, tmp_path):
