@@ -259,7 +259,7 @@ def _way(
     parts: Path,
     progress: Progress,
 ) -> tuple[list[Landscape], Proposal]:
-    """Return the landscapes of one model, at its own temperature, then the others, and its bins."""
+    """Return landscapes of one model, at its own temperature, then others, and where drawn from."""
     backmapper, sampling = Backmapper.from_model(model), request.sampling
     keep = None
     if isinstance(model.cg_map, TorsionMap):

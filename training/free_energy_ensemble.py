@@ -111,11 +111,10 @@ def n_windows(grid: Grid, settings: WindowSettings) -> int:
     return settings.per_variable ** len(grid.variables)
 
 
-def _stiffness(grid: Grid, settings: WindowSettings, kT: float) -> np.ndarray:
-    """K of each variable, (d,), eV/Å² or eV/rad²."""
-    axes = window_centres(grid, settings.per_variable)
-    spacing = [np.diff(np.unique(column))[0] for column in axes.T]
-    return settings.stiffness_kT * kT / np.array(spacing) ** 2
+def _spacing(grid: Grid, settings: WindowSettings) -> np.ndarray:
+    """Distance of neighbouring windows along each variable, (d,), Å or rad."""
+    centres = window_centres(grid, settings.per_variable)
+    return np.array([np.diff(np.unique(column))[0] for column in centres.T])
 
 
 def run_windows(
@@ -146,7 +145,8 @@ def run_windows(
     """
     temperature_K = evaluator.force_field.temperature_K
     centres = window_centres(grid, settings.per_variable)
-    stiffness = _stiffness(grid, settings, thermal_energy(temperature_K))
+    stiffness_kT = settings.stiffness_kT / _spacing(grid, settings) ** 2
+    stiffness = stiffness_kT * thermal_energy(temperature_K)
     n_windows = len(centres)
     frames = int(np.clip(_MOST_FRAMES // n_windows, 5 * _CHUNKS, 200 * _CHUNKS))
     every = -(-settings.n_steps // frames)
@@ -346,15 +346,14 @@ def _disagreement(
         far = _away(variable, values[of_all.row, k] - centres[of_all.col, k])
         gap = np.bincount(window, own) / np.bincount(window)
         gap -= np.bincount(of_all.col, of_all.data * far) / share.sum(0)
-        spacing = np.diff(np.unique(centres[:, k]))[0]
-        found.append(gap * settings.stiffness_kT / spacing)
-    return np.stack(found, -1)
+        found.append(gap)
+    return np.stack(found, -1) * settings.stiffness_kT / _spacing(grid, settings)
 
 
 def _bias_factor(grid: Grid, values: np.ndarray, settings: WindowSettings) -> csr_array:
     """Exp(-bias/kT) of the windows near values (N, d), (N, R)."""
     centres = window_centres(grid, settings.per_variable)
-    stiffness = _stiffness(grid, settings, 1.0)
+    stiffness = settings.stiffness_kT / _spacing(grid, settings) ** 2
     parts = []
     for piece in np.array_split(values, len(values) // 10_000 + 1):  # dense, all of it is huge
         bias = np.zeros((len(piece), len(centres)))
