@@ -92,12 +92,12 @@ class WeightQuality:
             ),
             (
                 "gap between bounds of ln Z",
-                f"{bounds.gap.value:.3f} ± {bounds.gap.error:.3f} nats",
+                f"{bounds.gap.value:.4g} ± {bounds.gap.error:.2g} nats",
                 "0 is perfect",
             ),
             (
                 "reverse, forward KL divergence",
-                f"{bounds.reverse_kl.value:.3f}, {bounds.forward_kl.value:.3f} nats",
+                f"{bounds.reverse_kl.value:.4g}, {bounds.forward_kl.value:.4g} nats",
                 "the two parts of the gap; below zero, data and model disagree",
             ),
         ]
