@@ -20,6 +20,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 from ccg_ase.evaluator import Evaluator
 from ccg_ase.langevin import BatchedLangevin
 from ccg_ase.units import thermal_energy
+from ccg_mda.internals import wrapped
 from ccg_mda.weights import effective_sample_size, resample
 
 from .free_energy_direct import Drawn
@@ -367,4 +368,4 @@ def _bias_factor(grid: Grid, values: np.ndarray, settings: WindowSettings) -> cs
 
 def _away(variable: Variable, difference: np.ndarray) -> np.ndarray:
     """Return differences the short way round a circle."""
-    return (difference + np.pi) % (2 * np.pi) - np.pi if variable.periodic else difference
+    return wrapped(difference) if variable.periodic else difference

@@ -18,6 +18,7 @@ from ccg_ase.forcefield import ForceField
 from ccg_ase.langevin import BatchedLangevin
 from ccg_ase.restraints import DihedralRestraint
 from ccg_ase.torsion_map import dihedral_angles
+from ccg_mda.internals import wrapped
 
 from .sampling import write_dcd
 
@@ -66,7 +67,7 @@ def turn_dihedrals(
     arcs = np.bincount(held, minlength=len(dihedrals))[held]
     centre = 2 * np.pi * (turn + rng.random(n_replicas)) / arcs - np.pi
     apart = dihedral_angles(known, dihedrals)[:, held] - centre
-    nearest = np.abs((apart + np.pi) % (2 * np.pi) - np.pi).argmin(0)
+    nearest = np.abs(wrapped(apart)).argmin(0)
     starts, replica = known[nearest], np.arange(n_replicas)
     turned = _next_to(dihedrals, held, rng)
     # One restraint over all dihedrals, of which each replica feels its own.

@@ -139,7 +139,7 @@ class GaussianBeads(_Beads):
 
 
 def ridges(angles):
-    """V in eV with barriers of 8 to 12 kT that curve down by 50 kT/rad², as those of peptides."""
+    """V in eV with barriers of 14 and 20 kT in φ that curve down by 70 and 100 kT/rad²."""
     phi, psi = angles[..., 0], angles[..., 1]
     first = 20 * torch.exp((torch.cos(phi) - 1) / 0.2) + 14 * torch.exp(
         (torch.cos(phi - 2.2) - 1) / 0.2
